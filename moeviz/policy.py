@@ -1,0 +1,52 @@
+"""What is recorded, and how much: one small object from the command line and from `watch(...)`.
+
+Loads and scalars are always complete. Token-level rows and attention maps are sampled, because their volume is a
+budget of the user's, not a consequence of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moeviz.errors import MoevizError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPolicy:
+    """How much of a run's routing is written down."""
+
+    route_every: int = 10
+    """Record token-level routing every n optimizer steps (1: every step; 0: never)."""
+    route_sequences: int | Literal["all"] = 4
+    """How many sequences of such a step are recorded, or `all` of them."""
+    attention_every: int = 50
+    """Record attention maps every n optimizer steps (0: never)."""
+    attention_heads: int = 4
+    """Heads per attention core whose maps are recorded, spread evenly over the heads."""
+    attention_size: int = 128
+    """Side of a recorded map at most; longer sequences are averaged in blocks."""
+
+    def __post_init__(self) -> None:
+        for name in ("route_every", "attention_every", "attention_heads"):
+            value = getattr(self, name)
+            if value < 0:
+                raise MoevizError(f"{name}={value} is negative; give 0 for never, or a positive number")
+        if self.route_sequences != "all" and self.route_sequences < 0:
+            raise MoevizError(
+                f"route_sequences={self.route_sequences} is negative; give 0 or more sequences, or 'all'"
+            )
+        if self.attention_size < 8:
+            raise MoevizError(f"attention_size={self.attention_size} is below 8; a smaller map shows nothing")
+
+    def routes_at(self, step: int) -> bool:
+        """Whether token-level rows of `step` are recorded."""
+        return self.route_every > 0 and self.route_sequences != 0 and step % self.route_every == 0
+
+    def attends_at(self, step: int) -> bool:
+        """Whether attention maps of `step` are recorded."""
+        return self.attention_every > 0 and self.attention_heads > 0 and step % self.attention_every == 0
+
+
+EVERYTHING = SamplingPolicy(route_every=1, route_sequences="all")
+"""Every decision of every token of every step."""

@@ -1,0 +1,236 @@
+"""The facts that travel from a training step to the store: frozen, plain numpy, no torch and no SQL.
+
+One record says one thing about one step. The probe makes them, `derive` adds to them, a writer keeps them; nothing
+else passes between capture and store, so either side can be replaced by a ten-line fake in a test.
+
+Shape legend (the whole project): B batch, S sequence, T = B*S tokens, D width, F expert hidden, E experts, K experts
+per token, H heads, L MoE layers, V vocabulary, N sampled sequences, Q query rows and C key columns of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+Severity = Literal["info", "warning", "error", "critical"]
+ScoreFunction = Literal["softmax", "sigmoid", "softmax_topk", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInfo:
+    """One MoE layer of the watched model."""
+
+    layer: int
+    """Index among the MoE layers, 0 to L-1: the `layer` of every record and table."""
+    name: str
+    """Dotted module name of the router, for example `layers.3.mlp.gate`."""
+    block: int
+    """Index of the transformer block that holds it (dense blocks counted)."""
+    num_experts: int
+    top_k: int
+    score: ScoreFunction = "unknown"
+    has_bias: bool = False
+    """Whether selection adds a bias that the gate weights do not see (auxiliary-loss-free balancing)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionInfo:
+    """One attention core of the watched model."""
+
+    layer: int
+    """Index among all attention cores, 0-based: the transformer block's index."""
+    name: str
+    num_heads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a reader must know about the model to read its records."""
+
+    family: str
+    layers: tuple[LayerInfo, ...]
+    attentions: tuple[AttentionInfo, ...] = ()
+    num_parameters: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def max_experts(self) -> int:
+        return max((layer.num_experts for layer in self.layers), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelInfo:
+        return cls(
+            family=data["family"],
+            layers=tuple(LayerInfo(**layer) for layer in data["layers"]),
+            attentions=tuple(AttentionInfo(**core) for core in data.get("attentions", ())),
+            num_parameters=data.get("num_parameters", 0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadRecord:
+    """Everything the routers of one optimizer step did, summed over its tokens: complete, every step, every layer.
+
+    Sums, never means: sums of micro-batches and ranks add up. Columns past a layer's own number of experts are zero.
+    """
+
+    step: int
+    rank: int
+    ts: float
+    """Seconds since the epoch at the end of the step."""
+    tokens: int
+    """Valid (not padded) tokens N of the step."""
+    counts_LE: np.ndarray
+    """int64. Assignments before any capacity drop; each row sums to tokens x top_k."""
+    prob_sum_LE: np.ndarray | None = None
+    """float32. Sum over tokens of the normalised scores p (softmax, or sigmoid divided by its sum)."""
+    weight_sum_LE: np.ndarray | None = None
+    """float32. Sum over tokens of the gate weights that were given to the expert."""
+    bias_LE: np.ndarray | None = None
+    """float32. Selection bias at the end of the step, where the router has one."""
+    dropped_LE: np.ndarray | None = None
+    """int64. Assignments dropped by a capacity limit; None for a dropless model."""
+    token_sums: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Per-layer sums over tokens, float32 [L], by name: `entropy_nats` (H of p), `lse_squared` (logsumexp of the
+    logits, squared), `confidence` (largest p), `margin` (score of slot K minus the best one not selected) ..."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenRoutingRecord:
+    """Token-level decisions of the sampled sequences of one step, for all MoE layers that share E and K."""
+
+    step: int
+    rank: int
+    layers: np.ndarray
+    """int [L']. Indices of the MoE layers that the first axis of the next two stands for."""
+    seqs: np.ndarray
+    """int [N]. Index of each sequence in the step (micro-batch x batch size + row)."""
+    experts_LNSK: np.ndarray
+    """uint16. Slots by falling selection score."""
+    weights_LNSK: np.ndarray
+    """float32. Gate weights; 0 for a slot that a capacity limit dropped."""
+    lengths_N: np.ndarray
+    """int. Valid tokens of each sequence; they are the first ones on axis S (padding is already cut)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SequenceRecord:
+    """The text behind `TokenRoutingRecord`: same step, rank and seqs."""
+
+    step: int
+    rank: int
+    seqs: np.ndarray
+    token_ids_NS: np.ndarray
+    """int32."""
+    lengths_N: np.ndarray
+    domains: tuple[str | None, ...]
+    token_loss_NS: np.ndarray | None = None
+    """float32, nats. Loss of predicting the *next* token at each position; NaN where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionRecord:
+    """One attention map. Rows are queries and sum to 1 unless it was pooled."""
+
+    step: int
+    rank: int
+    layer: int
+    """Index of the attention core (the block), not of the MoE layer."""
+    head: int
+    seq: int
+    map_QC: np.ndarray
+    """float32."""
+    q_len: int
+    """Queries before pooling; equals map_QC.shape[0] when nothing was pooled."""
+    k_len: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScalarRecord:
+    """Numbers of a step that belong to no layer: loss, lr, grad_norm, tokens_per_second, val_loss/DOMAIN ..."""
+
+    step: int
+    rank: int
+    ts: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MetricRecord:
+    """Derived values of a step. An array is per MoE layer [L]; a float is run-level."""
+
+    step: int
+    values: Mapping[str, np.ndarray | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlertRecord:
+    """One transition in the life of one alert episode. The latest record of an episode is its state."""
+
+    episode: str
+    """Identifies the episode: `RULE/layer/first step`."""
+    rule: str
+    rule_version: int
+    layer: int | None
+    """MoE layer, or None for a run-level alert."""
+    experts: tuple[int, ...]
+    severity: Severity
+    raised_step: int
+    updated_step: int
+    cleared_step: int | None
+    value: float
+    """The quantity that the rule watches, now."""
+    peak: float
+    """Its worst value in this episode."""
+    threshold: float
+    message: str
+    remedy: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRecord:
+    """Something that happened to the run: started, resumed, checkpoint, ended, dropped samples, intervention."""
+
+    step: int
+    rank: int
+    ts: float
+    kind: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+Record = (
+    LoadRecord
+    | TokenRoutingRecord
+    | SequenceRecord
+    | AttentionRecord
+    | ScalarRecord
+    | MetricRecord
+    | AlertRecord
+    | EventRecord
+)
+
+
+class Sink(Protocol):
+    """Where records go. Calls come from one thread at a time.
+
+    `write` may raise: whoever stands between training and a sink (`store.BackgroundSink`) catches, counts and
+    reports once. A sink never changes a record.
+    """
+
+    def write(self, record: Record) -> None: ...
+
+    def flush(self) -> None:
+        """Make everything written so far visible to readers."""
+
+    def close(self) -> None:
+        """Flush and release; further writes are an error."""
