@@ -26,7 +26,16 @@ _LAZY = {
     "watch": "moeviz.capture.probe",
 }
 
-__all__ = ["EVERYTHING", "MoevizError", "Probe", "SamplingPolicy", "Store", "__version__", "open_run", "watch"]
+__all__ = [
+    "EVERYTHING",
+    "MoevizError",
+    "Probe",
+    "SamplingPolicy",
+    "Store",
+    "__version__",
+    "open_run",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> Any:

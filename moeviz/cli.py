@@ -21,8 +21,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("demo", "Train a small MoE on the built-in corpus and watch its routing: the two-minute tour.", "train"),
-    Command("train", "Train a MoE (presets, any option overridden), with --log-routing to record it.", "train"),
+    Command(
+        "demo",
+        "Train a small MoE on the built-in corpus and watch its routing: the two-minute tour.",
+        "train",
+    ),
+    Command(
+        "train", "Train a MoE (presets, any option overridden), with --log-routing to record it.", "train"
+    ),
     Command("tui", "Watch a run in the terminal, live or afterwards.", "watch"),
     Command("dash", "Open the dashboards in a browser (loopback only).", "watch"),
     Command("runs", "List the runs of a folder.", "read"),
@@ -30,7 +36,9 @@ COMMANDS = (
     Command("alerts", "List the alerts of a run with their remedies.", "read"),
     Command("query", "Ask a run anything in SQL (read-only).", "read"),
     Command("pack", "Pack a finished run into one ordinary DuckDB file.", "read"),
-    Command("inspect", "Trace a text through a checkpoint: experts of every token, layer by layer.", "inspect"),
+    Command(
+        "inspect", "Trace a text through a checkpoint: experts of every token, layer by layer.", "inspect"
+    ),
 )
 _GROUPS = (("train", "Train"), ("watch", "Watch"), ("read", "Read a run"), ("inspect", "Open a checkpoint"))
 
@@ -43,7 +51,11 @@ def _usage() -> str:
         lines.append(f"{title}:")
         lines += [f"  {c.name:<{width}}  {c.help}" for c in COMMANDS if c.group == group]
         lines.append("")
-    lines += ["In Python:", "  with moeviz.watch(model, 'runs/mine') as probe: ...; probe.step(loss=loss)", ""]
+    lines += [
+        "In Python:",
+        "  with moeviz.watch(model, 'runs/mine') as probe: ...; probe.step(loss=loss)",
+        "",
+    ]
     return "\n".join(lines)
 
 

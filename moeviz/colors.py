@@ -75,7 +75,9 @@ def ramp(stops: tuple[str, ...], size: int = 255) -> np.ndarray:
     """Interpolate hex stops evenly in OKLab. Returns uint8 [size, 3]."""
     lab = _to_oklab(np.array([hex_to_rgb(stop) for stop in stops], dtype=np.float64))
     at = np.linspace(0, len(stops) - 1, size)
-    return _from_oklab(np.stack([np.interp(at, range(len(stops)), lab[:, axis]) for axis in range(3)], axis=1))
+    return _from_oklab(
+        np.stack([np.interp(at, range(len(stops)), lab[:, axis]) for axis in range(3)], axis=1)
+    )
 
 
 @cache
