@@ -1,0 +1,237 @@
+"""What a model is, as plain data: two frozen dataclasses the command line can read without torch.
+
+Whether a combination makes sense is decided here, once, in `__post_init__`; whoever reads a config trusts it.
+Sizes follow the legend of the project: D width, F hidden width of one expert, E experts, K experts per token,
+H heads, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+AttentionKind = Literal["gqa"]
+QKNorm = Literal["none", "head", "projection"]
+Score = Literal["softmax", "sigmoid", "softmax_topk"]
+GroupScore = Literal["max", "top2_sum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How a token chooses its experts."""
+
+    score: Score = "softmax"
+    """Scores from logits: softmax over all experts, a sigmoid for each, or softmax over the chosen K only."""
+    norm_topk: bool = True
+    """Divide the K gate weights by their sum (softmax_topk does so by construction)."""
+    scale: float = 1.0
+    """Factor on the gate weights after normalising (DeepSeek's routed scaling factor)."""
+    num_groups: int = 1
+    """Split the experts into this many equal groups; a token picks groups first. 1: no groups."""
+    top_groups: int = 1
+    """Groups from which a token may choose its experts."""
+    group_score: GroupScore = "top2_sum"
+    """What ranks a group: its best expert (DeepSeek-V2) or the sum of its best two (DeepSeek-V3)."""
+    selection_bias: bool = False
+    """A bias per expert that steers selection, not gate weights: balance without an auxiliary loss."""
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0:
+            raise ValueError(f"router.scale={self.scale} is not positive; 1.0 leaves the gate weights alone")
+        if self.num_groups < 1:
+            raise ValueError(f"router.num_groups={self.num_groups} is below 1; 1 means no groups")
+        if not 1 <= self.top_groups <= self.num_groups:
+            raise ValueError(
+                f"router.top_groups={self.top_groups} is not between 1 and num_groups={self.num_groups}; "
+                "lower top_groups or add groups"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only Mixture-of-Experts language model."""
+
+    vocab_size: int = 4096
+    """Number of token ids, V."""
+    dim: int = 256
+    """Width of the residual stream, D."""
+    num_layers: int = 6
+    """Transformer blocks, dense ones included."""
+    num_heads: int = 4
+    """Query heads, H."""
+    num_kv_heads: int | None = None
+    """Key and value heads, each serving equally many query heads. None: num_heads; 1: multi-query."""
+    head_dim: int | None = None
+    """Width of one head. None: dim / num_heads."""
+    max_seq_len: int = 512
+    """Longest sequence the model is trained on and may generate, in tokens."""
+    attention: AttentionKind = "gqa"
+    """Kind of attention: gqa (grouped queries; covers multi-head and multi-query)."""
+    qk_norm: QKNorm = "none"
+    """RMSNorm on queries and keys: none, per head (Qwen3), or over the whole projection (OLMoE)."""
+    rope_base: float = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the output matrix too."""
+    first_dense_layers: int = 0
+    """Leading blocks with an ordinary feed-forward layer instead of experts."""
+    dense_ffn_dim: int | None = None
+    """Hidden width of those feed-forward layers. None: as wide as the experts one token uses together."""
+    num_experts: int = 8
+    """Routed experts of a layer, E."""
+    top_k: int = 2
+    """Routed experts that each token uses, K."""
+    expert_dim: int = 256
+    """Hidden width of one routed expert, F."""
+    num_shared_experts: int = 0
+    """Experts that every token uses, beside the routed ones (kept as one wide feed-forward layer)."""
+    shared_expert_dim: int | None = None
+    """Hidden width of one shared expert. None: expert_dim."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """How tokens choose experts."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        self._check_positive()
+        self._check_attention()
+        if self.num_moe_layers > 0:
+            self._check_routing()
+
+    def _check_positive(self) -> None:
+        names = [
+            "vocab_size",
+            "dim",
+            "num_layers",
+            "num_heads",
+            "max_seq_len",
+            "num_experts",
+            "top_k",
+            "expert_dim",
+        ]
+        names += ["num_kv_heads", "head_dim", "dense_ffn_dim", "shared_expert_dim"]
+        names += ["rope_base", "norm_eps", "init_std"]
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} is not positive; give a number above 0")
+        if self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts={self.num_shared_experts} is negative; 0 means none")
+        if not 0 <= self.first_dense_layers <= self.num_layers:
+            raise ValueError(
+                f"first_dense_layers={self.first_dense_layers} is not between 0 and "
+                f"num_layers={self.num_layers}; lower it or add layers"
+            )
+
+    def _check_attention(self) -> None:
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"dim={self.dim} is not a multiple of num_heads={self.num_heads}; change one or give head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}; "
+                "every key head serves the same number of query heads"
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"head_dim={self.head_width} is odd; rotary positions turn pairs, give an even width"
+            )
+
+    def _check_routing(self) -> None:
+        experts, router = self.num_experts, self.router
+        if self.top_k > experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={experts}; lower top_k or add experts")
+        if experts % router.num_groups:
+            raise ValueError(
+                f"num_experts={experts} is not a multiple of router.num_groups={router.num_groups}; "
+                "groups have equal sizes"
+            )
+        group = experts // router.num_groups
+        if self.top_k > group * router.top_groups:
+            raise ValueError(
+                f"top_k={self.top_k} exceeds the {group * router.top_groups} experts of "
+                f"router.top_groups={router.top_groups} groups of {group}; lower top_k or raise top_groups"
+            )
+        if router.num_groups > 1 and router.group_score == "top2_sum" and group < 2:
+            raise ValueError(
+                f"router.group_score=top2_sum needs two experts in a group, but num_experts={experts} in "
+                f"{router.num_groups} groups leaves {group}; use group_score=max or fewer groups"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, with the default filled in."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, with the default filled in."""
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Blocks with experts, L."""
+        return self.num_layers - self.first_dense_layers
+
+    @property
+    def shared_dim(self) -> int:
+        """Hidden width of all shared experts together; 0 without."""
+        return self.num_shared_experts * (self.shared_expert_dim or self.expert_dim)
+
+    @property
+    def dense_dim(self) -> int:
+        """Hidden width of a dense block's feed-forward layer, with the default filled in."""
+        return self.dense_ffn_dim or self.top_k * self.expert_dim + self.shared_dim
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer` (0-based) has experts."""
+        return layer >= self.first_dense_layers
+
+    def num_parameters(self) -> int:
+        """Every trained number; a tied output matrix counts once, the selection bias not at all."""
+        return self._parameters_with(self.num_experts)
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token passes through: all but the E - K experts it does not use."""
+        return self._parameters_with(self.top_k)
+
+    def _parameters_with(self, experts: int) -> int:
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        block = self._attention_parameters() + 2 * self.dim
+        router = self.num_experts * self.dim
+        moe = router + 3 * self.dim * (experts * self.expert_dim + self.shared_dim)
+        dense = 3 * self.dim * self.dense_dim
+        layers = self.num_layers * block + self.num_moe_layers * moe + self.first_dense_layers * dense
+        return embeddings + layers + self.dim
+
+    def _attention_parameters(self) -> int:
+        q_dim, kv_dim = self.num_heads * self.head_width, self.kv_heads * self.head_width
+        norms = {"none": 0, "head": 2 * self.head_width, "projection": q_dim + kv_dim}[self.qk_norm]
+        return 2 * self.dim * (q_dim + kv_dim) + norms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data for JSON, the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`. Raises ValueError for a field that this version does not know."""
+        values = dict(data)
+        if isinstance(values.get("router"), Mapping):
+            values["router"] = _build(RouterConfig, values["router"], "router.")
+        return _build(cls, values, "")
+
+
+def _build(kind: type, data: Mapping[str, Any], prefix: str) -> Any:
+    known = {f.name for f in fields(kind)}
+    for name in data:
+        if name not in known:
+            raise ValueError(
+                f"{prefix}{name} is no field of {kind.__name__}; the fields are {', '.join(sorted(known))}. "
+                "Was the checkpoint written by a newer version?"
+            )
+    return kind(**data)
