@@ -1,0 +1,288 @@
+"""Everything that decides a training run, as plain data: frozen dataclasses, one for each part of it.
+
+No torch here, so that a command line is parsed, or refused, in a moment. Every field is a flag of `moeviz
+train` (tyro, prefixes omitted): a name is used once in the tree, the model's and the policy's included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from model.config import ModelConfig
+from moeviz.errors import MoevizError
+from moeviz.policy import SamplingPolicy
+
+
+def _require(holds: bool, value: str, rule: str) -> None:
+    if not holds:
+        raise MoevizError(f"{value} {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and in which portions."""
+
+    train_data: Path | None = None
+    """Text to train on: a file, or a folder whose files are one domain each. None: the built-in corpus."""
+    val_data: Path | None = None
+    """Text to evaluate on, in the same form. None: documents held out of the training text."""
+    tokenizer: str | None = None
+    """A tiktoken encoding's name or a tokenizer file. None: a byte-level BPE trained on the training text."""
+    seq_len: int = 128
+    """Tokens of one sequence."""
+    batch_size: int = 16
+    """Sequences of one micro-batch, on each rank."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of one optimizer step."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name}={value}", "is below 1; give a positive number")
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of one optimizer step on one rank."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step on one rank."""
+        return self.sequences_per_step * self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate, after the warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the matrices; norms, biases and other vectors are never decayed."""
+    beta1: float = 0.9
+    """Decay of the running mean of the gradient."""
+    beta2: float = 0.95
+    """Decay of the running mean of its square."""
+    adam_eps: float = 1e-8
+    """Added to the root of that mean."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient, longer ones are scaled down to it. 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        _require(rate > 0, f"learning_rate={rate}", "is not positive; 1e-3 is a start")
+        for name in ("weight_decay", "grad_clip"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name}={value}", "is negative; 0 switches it off")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name}={value}", "is not in [0, 1); 0.9 is usual")
+        _require(self.adam_eps > 0, f"adam_eps={self.adam_eps}", "is not positive; 1e-8 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the run, as a share of its peak."""
+
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; wsd stays at the peak and falls linearly over the last `decay_share`."""
+    warmup_steps: int = 50
+    """Steps in which the rate rises linearly from zero to its peak."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate over the peak."""
+    decay_share: float = 0.2
+    """Share of the run in which wsd falls."""
+    lr_steps: int | None = None
+    """Steps after which the schedule has run out. None: max_steps."""
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}", "is negative; 0 means none")
+        for name in ("min_lr_ratio", "decay_share"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name}={value}", "is not between 0 and 1; it is a share")
+        if self.lr_steps is not None:
+            _require(
+                self.lr_steps >= 1, f"lr_steps={self.lr_steps}", "is below 1; leave it out for max_steps"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """What keeps the experts evenly used."""
+
+    balance: Literal["none", "aux", "bias"] = "bias"
+    """none; aux: the load balancing loss; bias: a selection bias moved after each step, without a loss."""
+    aux_coef: float = 1e-2
+    """Weight of the balance loss, which is 1 for an even load (balance=aux)."""
+    z_coef: float = 1e-3
+    """Weight of the router z-loss, the mean squared logsumexp of the router's logits. 0 switches it off."""
+    bias_step: float = 1e-3
+    """How far an expert's bias moves after a step (balance=bias)."""
+
+    def __post_init__(self) -> None:
+        for name in ("aux_coef", "z_coef", "bias_step"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name}={value}", "is negative; 0 switches it off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Loss on fixed held-out sequences, for each domain."""
+
+    eval_every: int = 100
+    """Evaluate every n steps, and before the first and after the last. 0: never."""
+    eval_sequences: int = 32
+    """Sequences of each domain, the same ones every time."""
+
+    def __post_init__(self) -> None:
+        _require(self.eval_every >= 0, f"eval_every={self.eval_every}", "is negative; 0 means never")
+        _require(self.eval_sequences >= 1, f"eval_sequences={self.eval_sequences}", "is below 1; 32 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of the run's state."""
+
+    save_every: int = 100
+    """Write a checkpoint every n steps, and always after the last. 0: only then."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.save_every >= 0, f"save_every={self.save_every}", "is negative; 0 means at the end only"
+        )
+        kept = self.keep_checkpoints
+        _require(kept >= 1, f"keep_checkpoints={kept}", "is below 1; a run keeps its newest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What runs a step."""
+
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """Plain torch, or DeepSpeed with the ZeRO stage below."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed divides among ranks: nothing, optimizer state, gradients too, weights too."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations; bf16 keeps fp32 master weights and an fp32 router."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a CUDA device where there is one."""
+    threads: int | None = None
+    """Threads of one operation on the CPU. None: OMP_NUM_THREADS, or one for each physical core."""
+
+    def __post_init__(self) -> None:
+        threads = self.threads
+        _require(
+            threads is None or threads >= 1, f"threads={threads}", "is below 1; leave it out for all cores"
+        )
+        if self.engine == "deepspeed" and self.dtype == "bf16" and self.zero_stage == 0:
+            raise MoevizError(
+                "dtype=bf16 with zero_stage=0 starts Adam one step late in DeepSpeed 0.19; use zero_stage=1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Two runs with equal configs on one machine are equal to the bit."""
+
+    preset: str = "demo"
+    """Named set of defaults for everything below; `moeviz train --preset NAME --help` shows its values."""
+    run: Path | None = None
+    """Run folder. None: runs/<preset>-<date>-<time>."""
+    resume: str | None = None
+    """Continue a run or one of its checkpoints; without a value: the run of --run, else the newest."""
+    max_steps: int = 400
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Decides initial weights and the order of the data."""
+    log_routing: bool = False
+    """Record which expert every token goes to, for `moeviz tui` and the dashboards."""
+    log_every: int = 10
+    """Print a line every n steps where the output is not a terminal."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The architecture."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text and batches."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over the run."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Load balancing."""
+    sampling: SamplingPolicy = field(default_factory=SamplingPolicy)
+    """How much routing --log-routing records."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Validation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Engine, precision, device."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_steps >= 1, f"max_steps={self.max_steps}", "is below 1; give the number of steps")
+        _require(self.log_every >= 1, f"log_every={self.log_every}", "is below 1; 10 is usual")
+        _require(self.seed >= 0, f"seed={self.seed}", "is negative; give 0 or a positive number")
+        if self.data.seq_len > self.model.max_seq_len:
+            raise MoevizError(
+                f"seq_len={self.data.seq_len} exceeds max_seq_len={self.model.max_seq_len}; "
+                "shorten the sequences or raise max_seq_len"
+            )
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """The model's config as it is built: balancing by bias gives its routers a bias."""
+        if self.balance.balance != "bias" or self.model.router.selection_bias:
+            return self.model
+        return replace(self.model, router=replace(self.model.router, selection_bias=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data for JSON, the inverse of `from_dict`."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:
+        """Build a config from `to_dict`'s output. Raises MoevizError for an unknown field."""
+        try:
+            return _build(cls, data)
+        except TypeError as error:
+            raise MoevizError(
+                f"this config does not fit this version of moeviz ({error}); use the version that wrote it"
+            ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(kind: type, data: Mapping[str, Any]) -> Any:
+    if kind is ModelConfig:
+        return ModelConfig.from_dict(data)
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        hint = hints.get(name)
+        if isinstance(hint, type) and is_dataclass(hint):
+            value = _build(hint, value)
+        elif hint == (Path | None) and value is not None:
+            value = Path(value)
+        values[name] = value
+    return kind(**values)
+
+
+def flag_names(kind: type = TrainConfig) -> list[str]:
+    """Every flag of the command line, in the order of the fields, nested ones included."""
+    hints = get_type_hints(kind)
+    names: list[str] = []
+    for each in fields(kind):
+        hint = hints[each.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            names += flag_names(hint)
+        else:
+            names.append("--" + each.name.replace("_", "-"))
+    return names
