@@ -1,0 +1,47 @@
+"""One transformer block: attention, then experts or a dense feed-forward layer, each on a normalised copy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from model.attention import Attention
+from model.config import ModelConfig
+from model.feedforward import FeedForward
+from model.kv_cache import LayerCache
+from model.moe import SparseMoE
+from model.norm import RMSNorm
+from model.rope import RopeTables
+from model.router import Routing
+
+
+class BlockOutput(NamedTuple):
+    hidden_BSD: Tensor
+    routing: Routing | None
+    """None for a dense block."""
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; parameter names of Mixtral (experts) and Llama (dense)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        moe = config.is_moe(layer)
+        self.mlp: nn.Module = SparseMoE(config) if moe else FeedForward(config.dim, config.dense_dim)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: RopeTables,
+        valid_BC: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> BlockOutput:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, valid_BC, cache)
+        y = self.mlp(self.post_attention_layernorm(x_BSD))
+        if isinstance(self.mlp, SparseMoE):
+            return BlockOutput(x_BSD + y.hidden_BSD, y.routing)
+        return BlockOutput(x_BSD + y, None)

@@ -1,0 +1,100 @@
+"""The routed experts of a layer: E SwiGLU networks (Shazeer 2020) stored as two stacked matrices.
+
+Tokens are sorted by expert, so that each expert multiplies one contiguous block of rows (grouped.py), and
+un-sorted by the inverse permutation. Both moves are gathers in both directions: no atomics, and the same
+bits in every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.grouped import grouped_mm
+from model.precision import matmul_dtype
+
+
+class Dispatch(NamedTuple):
+    """Which row goes to which expert: N = T * K rows, sorted by expert, earlier tokens first."""
+
+    order_N: Tensor
+    """Slot (token * K + k) that stands at each sorted row."""
+    inverse_N: Tensor
+    """Sorted row of each slot."""
+    ends_E: Tensor
+    """int32. Row after the last one of each expert."""
+
+
+def count_experts(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]. How often each expert was chosen; a fixed shape, as compilers need."""
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids.device)
+    slots_N = expert_ids.reshape(-1)
+    return counts_E.scatter_add_(0, slots_N, torch.ones_like(slots_N))
+
+
+def dispatch(expert_ids_TK: Tensor, num_experts: int) -> Dispatch:
+    """Sort the slots of a routing by expert."""
+    slots_N = expert_ids_TK.reshape(-1)
+    order_N = slots_N.argsort(stable=True)
+    rows_N = torch.arange(order_N.numel(), device=order_N.device)
+    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, rows_N)
+    ends_E = count_experts(slots_N, num_experts).cumsum(0).to(torch.int32)
+    return Dispatch(order_N, inverse_N, ends_E)
+
+
+class _ToExperts(torch.autograd.Function):
+    """Copy each token to the rows of its K experts; backward sums its K gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        ctx.num_tokens = x_TD.shape[0]
+        return x_TD[order_N // (order_N.numel() // x_TD.shape[0])]
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_N,) = ctx.saved_tensors
+        return grad_ND[inverse_N].unflatten(0, (ctx.num_tokens, -1)).sum(dim=1), None, None
+
+
+class _ToSlots(torch.autograd.Function):
+    """Put the experts' rows back into the order of the slots; backward is the same move the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.save_for_backward(order_N)
+        return y_ND[inverse_N]
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (order_N,) = ctx.saved_tensors
+        return grad_ND[order_N], None, None
+
+
+class GroupedExperts(nn.Module):
+    """All experts of a layer; called as Hugging Face's experts are, `experts(x, expert_ids, weights)`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        gate_up = torch.empty(config.num_experts, 2 * config.expert_dim, config.dim)
+        self.gate_up_proj = nn.Parameter(gate_up)
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.dim, config.expert_dim))
+
+    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The weighted sum of every token's experts, [T, D]."""
+        order_N, inverse_N, ends_E = dispatch(expert_ids_TK, self.num_experts)
+        dtype = matmul_dtype(x_TD)
+        x_ND = _ToExperts.apply(x_TD.to(dtype), order_N, inverse_N)
+        gate_NF, up_NF = grouped_mm(x_ND, self.gate_up_proj.to(dtype), ends_E).chunk(2, dim=-1)
+        y_ND = grouped_mm(F.silu(gate_NF) * up_NF, self.down_proj.to(dtype), ends_E)
+        y_TKD = _ToSlots.apply(y_ND, order_N, inverse_N).view(*expert_ids_TK.shape, -1)
+        return torch.bmm(weights_TK[:, None, :].to(dtype), y_TKD).squeeze(1)
+
+    def extra_repr(self) -> str:
+        experts, width, hidden = self.down_proj.shape
+        return f"{experts} experts, {width} -> {hidden} -> {width}"

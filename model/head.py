@@ -1,0 +1,133 @@
+"""The output matrix, and the cross-entropy fused with it.
+
+Logits are the largest tensor of a small language model (T x V), needed only to be summed. So with labels
+the head walks over chunks of tokens and computes loss and gradients of a chunk while its logits are still
+in cache: T x V is never stored, and backward has nothing left to multiply but a scalar.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.precision import matmul_dtype
+
+IGNORE = -100
+"""Label of a position that counts for nothing."""
+_CHUNK_LOGITS_CPU = 1 << 20
+"""Logits of one chunk: 4 MB in float32, about a core's share of cache."""
+_CHUNK_LOGITS_GPU = 1 << 25
+"""128 MB in float32: enough rows to fill a GPU."""
+
+
+class HeadOutput(NamedTuple):
+    """Logits without labels, the two losses with them."""
+
+    logits_BSV: Tensor | None
+    ce: Tensor | None
+    """Scalar, nats: mean over the labels that are not IGNORE; 0 where there are none."""
+    token_loss_BS: Tensor | None
+    """float32, nats, detached; 0 at ignored positions."""
+
+
+class LMHead(nn.Linear):
+    """hidden W^T, or its cross-entropy."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__(dim, vocab_size, bias=False)
+
+    def forward(self, hidden_BSD: Tensor, labels_BS: Tensor | None = None) -> HeadOutput:  # type: ignore[override]
+        if labels_BS is None:
+            return HeadOutput(F.linear(hidden_BSD, self.weight), None, None)
+        dtype = matmul_dtype(hidden_BSD)
+        ce, token_loss_T = linear_cross_entropy(
+            hidden_BSD.flatten(0, 1).to(dtype), self.weight.to(dtype), labels_BS.flatten()
+        )
+        return HeadOutput(None, ce, token_loss_T.view_as(labels_BS))
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of softmax(hidden W^T) in nats (scalar), and the detached loss of each token [T].
+
+    Only the mean has gradients, and only first ones.
+    """
+    needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    ce, token_loss_T, _, _ = _fused_cross_entropy(hidden_TD, weight_VD, labels_T, needs_grad)
+    return ce, token_loss_T.detach()
+
+
+@torch.library.custom_op("moe_model::linear_cross_entropy", mutates_args=())
+def _fused_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean loss, token losses, and with `needs_grad` the gradients of hidden and weight (else two empty
+    ones).
+    """
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    valid_T = labels_T != IGNORE
+    scale_T = valid_T.to(wide) / valid_T.sum().clamp_min(1)
+    targets_T = labels_T.masked_fill(~valid_T, 0)
+    token_loss_T = torch.empty_like(scale_T)
+    grad_hidden_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD.new_empty(0)
+    grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_grad else hidden_TD.new_empty(0)
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        for rows in _chunks(hidden_TD, weight_VD):
+            logp_TV = torch.log_softmax((hidden_TD[rows] @ weight_VD.t()).to(wide), dim=-1)
+            token_loss_T[rows] = -logp_TV.gather(1, targets_T[rows, None]).squeeze(1)
+            if needs_grad:
+                errors_TV = _logit_gradients(logp_TV, targets_T[rows], scale_T[rows]).to(hidden_TD.dtype)
+                torch.mm(errors_TV, weight_VD, out=grad_hidden_TD[rows])
+                _add_product(grad_weight_VD, errors_TV.t(), hidden_TD[rows])
+    ce = token_loss_T @ scale_T
+    return ce, token_loss_T.masked_fill_(~valid_T, 0), grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype)
+
+
+def _chunks(hidden_TD: Tensor, weight_VD: Tensor) -> list[slice]:
+    """Slices of tokens whose logits fit the budget of the device."""
+    budget = _CHUNK_LOGITS_CPU if hidden_TD.device.type == "cpu" else _CHUNK_LOGITS_GPU
+    step = max(1, budget // len(weight_VD))
+    return [slice(start, start + step) for start in range(0, len(hidden_TD), step)]
+
+
+def _logit_gradients(logp_TV: Tensor, targets_T: Tensor, scale_T: Tensor) -> Tensor:
+    """(softmax - one-hot) * scale, in place of the log-probabilities."""
+    minus_one_T1 = torch.full_like(scale_T, -1)[:, None]
+    return logp_TV.exp_().scatter_add_(1, targets_T[:, None], minus_one_T1).mul_(scale_T[:, None])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, also where the total is wider than its factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+@_fused_cross_entropy.register_fake
+def _(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+    token_loss_T = torch.empty_like(labels_T, dtype=wide)
+    shapes = (hidden_TD, weight_VD) if needs_grad else (hidden_TD.new_empty(0), hidden_TD.new_empty(0))
+    return token_loss_T.new_empty(()), token_loss_T, torch.empty_like(shapes[0]), torch.empty_like(shapes[1])
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+
+
+def _scale_gradients(ctx: Any, grad_ce: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+    return (
+        grad_hidden_TD * grad_ce.to(grad_hidden_TD.dtype),
+        grad_weight_VD * grad_ce.to(grad_weight_VD.dtype),
+        None,
+        None,
+    )
+
+
+_fused_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)

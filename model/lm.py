@@ -1,0 +1,169 @@
+"""The language model: token ids in, logits or losses out.
+
+Module names and tensor layouts are those of Hugging Face (version 5): a Mixtral, OLMoE or Llama checkpoint
+loads by `load_state_dict`, and ours loads there. `forward` measures nothing and remembers nothing. What
+training needs to know about routing is returned; what a viewer needs passes between modules, for hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from model.block import Block, BlockOutput
+from model.config import ModelConfig
+from model.head import LMHead
+from model.kv_cache import KVCache
+from model.losses import balance_losses, expert_counts, z_losses
+from model.norm import RMSNorm
+from model.rope import RopeTables, rope_tables
+from model.router import Routing
+
+
+class ModelOutput(NamedTuple):
+    """What one forward pass says. With labels there are losses and no logits; without, the other way round."""
+
+    logits_BSV: Tensor | None
+    ce: Tensor | None
+    """Scalar, nats: mean cross-entropy over the labels that are not -100. It contains no auxiliary loss."""
+    token_loss_BS: Tensor | None
+    """float32, nats, detached: loss of predicting `labels_BS` at each position, 0 where the label is -100."""
+    aux: dict[str, Tensor]
+    """Router losses per MoE layer [L], without coefficients: `balance` (1 is even), `z`. Empty without labels."""
+    expert_counts_LE: Tensor
+    """int64, detached: valid tokens that chose each expert; rows sum to N * K."""
+
+
+class DecoderOutput(NamedTuple):
+    hidden_BSD: Tensor
+    routings: tuple[Routing, ...]
+    """One for each MoE layer."""
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm: everything below the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.recompute = False
+        """Whether training recomputes each block in backward to save its activations."""
+
+    def forward(
+        self, input_ids_BS: Tensor, valid_BC: Tensor | None = None, cache: KVCache | None = None
+    ) -> DecoderOutput:
+        hidden_BSD = self.embed_tokens(input_ids_BS)
+        start = cache.length if cache is not None else 0
+        rope = rope_tables(self.config, start, input_ids_BS.shape[1], hidden_BSD)
+        routings = []
+        for index, block in enumerate(self.layers):
+            layer_cache = cache.layers[index] if cache is not None else None
+            hidden_BSD, routing = self._run(block, hidden_BSD, rope, valid_BC, layer_cache)
+            if routing is not None:
+                routings.append(routing)
+        return DecoderOutput(self.norm(hidden_BSD), tuple(routings))
+
+    def _run(self, block: nn.Module, hidden_BSD: Tensor, rope: RopeTables, *rest: Any) -> BlockOutput:
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return block(hidden_BSD, rope, *rest)
+        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_choice)
+        return checkpoint(block, hidden_BSD, rope, *rest, use_reentrant=False, context_fn=contexts)
+
+
+def _keep_choice(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Save which experts were chosen: recomputed, a tie may fall the other way and change the gradients."""
+    if op == torch.ops.aten.topk.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class MoELanguageModel(nn.Module):
+    """A decoder-only Mixture-of-Experts language model, built and initialised from its config."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = LMHead(config.dim, config.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        *,
+        attention_mask_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> ModelOutput:
+        """Run the model.
+
+        Args:
+            input_ids_BS: int64 token ids.
+            labels_BS: int64. The target *of* each position, not shifted here: `labels[b, s]` is the token
+                that follows `input_ids[b, s]`; -100 is ignored. With labels the result has losses and no
+                logits.
+            attention_mask_BS: True or 1 for a token, False or 0 for padding (left or right). With a cache
+                it covers the cached positions as well. Padding is excluded from router losses and counts;
+                give it the label -100 to exclude it from the cross-entropy too.
+            cache: keys and values of earlier tokens, to which these are added.
+        """
+        valid_BC = attention_mask_BS.bool() if attention_mask_BS is not None else None
+        hidden_BSD, routings = self.model(input_ids_BS, valid_BC, cache)
+        logits_BSV, ce, token_loss_BS = self.lm_head(hidden_BSD, labels_BS)
+        valid_T = valid_BC[:, -input_ids_BS.shape[1] :].flatten() if valid_BC is not None else None
+        counts_LE = self._counts(routings, valid_T, input_ids_BS.device)
+        aux = self._aux(routings, counts_LE, valid_T) if labels_BS is not None else {}
+        return ModelOutput(logits_BSV, ce, token_loss_BS, aux, counts_LE)
+
+    def _counts(self, routings: Sequence[Routing], valid_T: Tensor | None, device: torch.device) -> Tensor:
+        if not routings:
+            return torch.zeros(0, self.config.num_experts, dtype=torch.int64, device=device)
+        return expert_counts(routings, valid_T)
+
+    def _aux(
+        self, routings: Sequence[Routing], counts_LE: Tensor, valid_T: Tensor | None
+    ) -> dict[str, Tensor]:
+        if not routings:
+            none = torch.zeros(0, device=counts_LE.device)
+            return {"balance": none, "z": none}
+        logits_LTE = torch.stack([routing.logits_TE for routing in routings])
+        balance = balance_losses(self.config.router, logits_LTE, counts_LE, valid_T)
+        return {"balance": balance, "z": z_losses(logits_LTE, valid_T)}
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep one activation per block and recompute the rest in backward: less memory, a third more time."""
+        self.model.recompute = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.recompute = False
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights from N(0, init_std^2), those that write into the residual stream from a narrower
+        one.
+
+        There are 2 * num_layers such writes, and their variances add up: GPT-2's factor 1 / sqrt(2 *
+        num_layers) keeps the stream's scale independent of depth. Norms start at 1, selection biases at 0.
+        """
+        std = self.config.init_std
+        residual_std = std / (2 * self.config.num_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj", "down_proj.weight"))
+                parameter.normal_(0.0, residual_std if writes else std)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device

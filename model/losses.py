@@ -1,0 +1,63 @@
+"""What keeps routing healthy beside the cross-entropy: one loss per MoE layer, without coefficients.
+
+Pure functions of the routings of a forward pass. The trainer decides what they weigh, so a reported cross-entropy is a cross-entropy. L counts MoE layers here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.config import RouterConfig
+from model.experts import count_experts
+from model.router import Routing
+
+
+def routing_probabilities(router: RouterConfig, logits: Tensor) -> Tensor:
+    """Scores as a distribution over experts: softmax, or sigmoids divided by their sum."""
+    if router.score != "sigmoid":
+        return logits.softmax(dim=-1)
+    scores = logits.sigmoid()
+    return scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+
+
+def expert_counts(routings: Sequence[Routing], valid_T: Tensor | None = None) -> Tensor:
+    """int64 [L, E], detached: how many valid tokens chose each expert; rows sum to N * K."""
+    rows = []
+    for routing in routings:
+        num_experts = routing.logits_TE.shape[-1]
+        ids_TK = routing.expert_ids_TK
+        if valid_T is None:
+            rows.append(count_experts(ids_TK, num_experts))
+        else:
+            spill_TK = ids_TK.masked_fill(~valid_T[:, None], num_experts)
+            rows.append(count_experts(spill_TK, num_experts + 1)[:num_experts])
+    return torch.stack(rows)
+
+
+def balance_losses(
+    router: RouterConfig, logits_LTE: Tensor, counts_LE: Tensor, valid_T: Tensor | None = None
+) -> Tensor:
+    """Load balancing loss of each layer [L]: E * sum_e f_e * P_e (Switch, arXiv:2101.03961, equation 4).
+
+    f_e is the share of assignments that went to expert e and P_e the mean probability of it, over the valid
+    tokens of this micro-batch. Both sum to 1, so the loss is 1 for an even load and E / K when the same K
+    experts get everything with certainty. Only P carries a gradient.
+    """
+    probs_LE = _mean_over_tokens(routing_probabilities(router, logits_LTE), valid_T)
+    shares_LE = counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp_min(1)
+    return counts_LE.shape[-1] * (shares_LE * probs_LE).sum(dim=-1)
+
+
+def z_losses(logits_LTE: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """Router z-loss of each layer [L]: mean of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, equation 5)."""
+    return _mean_over_tokens(logits_LTE.logsumexp(dim=-1)[..., None] ** 2, valid_T).squeeze(-1)
+
+
+def _mean_over_tokens(values_LTX: Tensor, valid_T: Tensor | None) -> Tensor:
+    if valid_T is None:
+        return values_LTX.mean(dim=1)
+    weights_T = valid_T.to(values_LTX.dtype)
+    return torch.einsum("ltx,t->lx", values_LTX, weights_T) / weights_T.sum().clamp_min(1)

@@ -1,0 +1,39 @@
+"""The Mixture-of-Experts layer: a router, its experts, and the experts that every token shares.
+
+The routing is part of the result, not a side effect: losses and counts are computed from it once, outside
+of any recomputed region, and nothing in a forward pass writes to a buffer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.experts import GroupedExperts
+from model.feedforward import FeedForward
+from model.router import Routing, TopKRouter
+
+
+class MoEOutput(NamedTuple):
+    hidden_BSD: Tensor
+    routing: Routing
+
+
+class SparseMoE(nn.Module):
+    """Routed experts, plus `shared_experts` for every token where the config asks for them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = TopKRouter(config)
+        self.experts = GroupedExperts(config)
+        self.shared_experts = FeedForward(config.dim, config.shared_dim) if config.shared_dim else None
+
+    def forward(self, x_BSD: Tensor) -> MoEOutput:
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.gate(x_TD)
+        y_BSD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK).view_as(x_BSD)
+        if self.shared_experts is not None:
+            y_BSD = y_BSD + self.shared_experts(x_BSD)
+        return MoEOutput(y_BSD, routing)
