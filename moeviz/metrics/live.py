@@ -1,0 +1,91 @@
+"""The metrics of one training step, for all layers at once, from the sums of a LoadRecord.
+
+Only sums travel from the device, so only quantities that are functions of sums can be complete for every
+step. What needs token-level scores (selection margin of each token, churn, co-activation) is computed from
+sampled rows elsewhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeviz.metrics import capacity, load, losses, noise
+from moeviz.records import LoadRecord, ModelInfo
+
+_MEANS = {"lse_squared": "z_loss", "confidence": "route_conf", "margin": "margin"}
+"""Sum over tokens -> name of its mean. `entropy_nats` is normalised below; other sums keep their name."""
+
+
+def layer_shapes(info: ModelInfo) -> tuple[np.ndarray, np.ndarray]:
+    """(num_experts, top_k) of each MoE layer, int64 [L] each."""
+    num_experts_L = np.array([layer.num_experts for layer in info.layers], dtype=np.int64)
+    return num_experts_L, np.array([layer.top_k for layer in info.layers], dtype=np.int64)
+
+
+def live_metrics(
+    record: LoadRecord,
+    num_experts_L: np.ndarray,
+    top_k_L: np.ndarray,
+    design_effect_L: np.ndarray | float = 1.0,
+) -> dict[str, np.ndarray]:
+    """Metrics of one step, float64 [L] by id of METRICS; an id whose sums were not recorded is absent.
+
+    Args:
+        record: the sums of the step, with at least one token.
+        num_experts_L: experts of each layer; columns of the record past it are padding.
+        top_k_L: active experts per token of each layer.
+        design_effect_L: D of `noise`, for the noise floor and the noise-corrected CV^2.
+    """
+    share_LE = load.load_share(record.counts_LE)
+    values = _balance(share_LE, record.tokens, num_experts_L, top_k_L, design_effect_L)
+    if record.dropped_LE is not None:
+        values["drop_rate"] = capacity.drop_rate(record.dropped_LE, record.counts_LE)
+    if record.weight_sum_LE is not None:
+        values["importance_cv2"] = load.importance_cv2(record.weight_sum_LE, num_experts_L)
+    if record.bias_LE is not None:
+        values["bias_range"] = losses.bias_range(record.bias_LE, num_experts_L)
+        values["bias_rms"] = losses.bias_rms(record.bias_LE, num_experts_L)
+    return values | _decisions(record, share_LE, num_experts_L)
+
+
+def _balance(
+    share_LE: np.ndarray,
+    tokens: int,
+    num_experts_L: np.ndarray,
+    top_k_L: np.ndarray,
+    design_effect_L: np.ndarray | float,
+) -> dict[str, np.ndarray]:
+    cv2_L = load.load_cv2(share_LE, num_experts_L)
+    shape = (tokens, top_k_L, num_experts_L, design_effect_L)
+    return {
+        "load_entropy": load.load_entropy(share_LE, num_experts_L),
+        "n_eff": load.n_eff(share_LE),
+        "n_eff2": load.n_eff2(share_LE),
+        "eff_util": load.eff_util(share_LE, top_k_L, num_experts_L),
+        "load_cv": np.sqrt(cv2_L),
+        "cv2_excess": noise.cv2_excess(cv2_L, *shape),
+        "load_imbalance": load.load_imbalance(share_LE, num_experts_L),
+        "maxvio_batch": load.maxvio(share_LE, num_experts_L),
+        "maxvio_floor": noise.maxvio_floor(*shape),
+        "excess_cov": load.excess_cov(share_LE, top_k_L, num_experts_L),
+        "min_load": load.min_load(share_LE, num_experts_L),
+        "gini": load.gini(share_LE, num_experts_L),
+    }
+
+
+def _decisions(record: LoadRecord, share_LE: np.ndarray, num_experts_L: np.ndarray) -> dict[str, np.ndarray]:
+    means = {
+        name: np.asarray(total, dtype=np.float64) / record.tokens for name, total in record.token_sums.items()
+    }
+    values = {_MEANS.get(name, name): mean_L for name, mean_L in means.items() if name != "entropy_nats"}
+    if "z_loss" in values:
+        values["lse_rms"] = losses.lse_rms(values["z_loss"])
+    if "entropy_nats" in means:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values["route_entropy"] = means["entropy_nats"] / np.log(num_experts_L)
+    if record.prob_sum_LE is not None:
+        mean_prob_LE = record.prob_sum_LE.astype(np.float64) / record.tokens
+        values["aux_switch"] = losses.aux_switch(share_LE, mean_prob_LE, num_experts_L)
+        if "entropy_nats" in means:
+            values["route_mi"] = np.maximum(load.entropy_nats(mean_prob_LE) - means["entropy_nats"], 0)
+    return values
