@@ -1,0 +1,51 @@
+"""What a corpus is made of, and which side of the split each piece falls on.
+
+The split is by document: sixteen hex digits of the content decide, so a document keeps its side when others
+come and go, and a copy can never sit on the other side. Near-copies are caught in `overlap`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One self-contained text and the domain it is labelled with."""
+
+    domain: str
+    text: str
+    split: Split | None = None
+    """Set when its source has decided already; None lets the content decide."""
+
+    @property
+    def id(self) -> str:
+        return document_id(self.text)
+
+
+def document_id(text: str) -> str:
+    """Sixteen hex digits of the sha256 of the text: its name, and what decides its split."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def split_of(document_id: str, validation_fraction: float) -> Split:
+    """Which side a document is on, a function of its content alone."""
+    return "validation" if int(document_id, 16) < validation_fraction * 2**64 else "train"
+
+
+def without_copies(documents: Iterable[Document]) -> Iterator[Document]:
+    """Drop empty documents and exact copies (of any domain), keeping the first."""
+    seen: set[str] = set()
+    for document in documents:
+        if not document.text.strip():
+            continue
+        name = document.id
+        if name not in seen:
+            seen.add(name)
+            yield document
