@@ -22,15 +22,21 @@ def _require(holds: bool, value: str, rule: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read, and in which portions."""
+class InputConfig:
+    """What is read, and in which portions; how sources are opened is `trainer.data`'s business."""
 
-    train_data: Path | None = None
-    """Text to train on: a file, or a folder whose files are one domain each. None: the built-in corpus."""
-    val_data: Path | None = None
-    """Text to evaluate on, in the same form. None: documents held out of the training text."""
-    tokenizer: str | None = None
-    """A tiktoken encoding's name or a tokenizer file. None: a byte-level BPE trained on the training text."""
+    train_data: str = "builtin"
+    """builtin (the embedded corpus), generated (its synthetic part), or a file or folder of text."""
+    val_data: str | None = None
+    """A file or folder to evaluate on. None: documents held out of the training data."""
+    tokenizer: str = "auto"
+    """auto (a byte-level BPE trained on the data), the name of a tiktoken encoding, or a tokenizer file."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out."""
+    bytes_per_domain: int = 560_000
+    """Size of each domain of the embedded corpus."""
+    domain_weights: Literal["natural", "uniform"] = "natural"
+    """How often each domain is read: in proportion to its tokens, or all alike."""
     seq_len: int = 128
     """Tokens of one sequence."""
     batch_size: int = 16
@@ -42,6 +48,8 @@ class DataConfig:
         for name in ("seq_len", "batch_size", "gradient_accumulation_steps"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value}", "is below 1; give a positive number")
+        fraction = self.validation_fraction
+        _require(0 <= fraction < 1, f"validation_fraction={fraction}", "is not in [0, 1); 0.05 is usual")
 
     @property
     def sequences_per_step(self) -> int:
@@ -205,7 +213,7 @@ class TrainConfig:
     """Print a line every n steps where the output is not a terminal."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The architecture."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: InputConfig = field(default_factory=InputConfig)
     """Text and batches."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""

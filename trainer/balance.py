@@ -1,0 +1,41 @@
+"""What keeps experts evenly used: a loss on the scores, or a bias that is moved after each step.
+
+The bias reads its own counts, summed over micro-batches and ranks by the trainer; what a probe counts never
+reaches it. Loss-free balancing: Wang et al. 2024, https://arxiv.org/abs/2408.15664; z-loss: Zoph et al. 2022,
+https://arxiv.org/abs/2202.08906.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.lm import ModelOutput
+from model.router import update_selection_bias
+from trainer.config import BalanceConfig
+
+
+def training_loss(output: ModelOutput, config: BalanceConfig) -> Tensor:
+    """Cross-entropy plus weighted auxiliary losses, summed over layers. Scalar, nats.
+
+    A model without experts has no auxiliary losses and trains on cross-entropy alone.
+    """
+    assert output.ce is not None, "a training loss needs labels"
+    loss = output.ce
+    if config.balance == "aux" and config.aux_coef and output.aux["balance"].numel():
+        loss = loss + config.aux_coef * output.aux["balance"].sum()
+    if config.z_coef and output.aux["z"].numel():
+        loss = loss + config.z_coef * output.aux["z"].sum()
+    return loss
+
+
+@torch.no_grad()
+def move_bias(model: nn.Module, counts_LE: Tensor, config: BalanceConfig) -> None:
+    """Move the selection bias against the loads of a whole step, after its optimizer step.
+
+    Args:
+        model: the language model, unwrapped.
+        counts_LE: assignments of the step, all micro-batches and ranks.
+    """
+    if config.balance == "bias" and config.bias_step:
+        update_selection_bias(model, counts_LE, config.bias_step)

@@ -1,0 +1,173 @@
+"""Checkpoints that are whole or absent: written beside their place, made durable, then renamed into it.
+
+    RUN/checkpoints/step-00000400/
+      checkpoint.json     step, training config, model config
+      model.safetensors   weights and persistent buffers (the selection bias among them)
+      tokenizer.json      the run's tokenizer
+      optimizer.pt | deepspeed/   the engine's state
+      rng-RANK.pt         random number generators
+      manifest.json       size and sha256 of every file above
+
+A folder describes itself: `load_checkpoint` needs nothing else. Batches are a pure function of the step, so
+the data position is the step. No file is read by executing pickled code.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.lm import MoELanguageModel
+from moeviz.errors import MoevizError
+from trainer.checkpoint_folder import commit, discard, prepare, verify
+from trainer.config import TrainConfig
+from trainer.engine import Engine
+from trainer.tokenizer import Tokenizer, load_tokenizer
+
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "checkpoint.json", "model.safetensors", "tokenizer.json"
+_FORMAT = "moeviz-checkpoint/1"
+
+
+class SaveError(MoevizError):
+    """A checkpoint could not be written; earlier ones are whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint folder says about itself."""
+
+    path: Path
+    step: int
+    """Optimizer steps done; the next one has this index."""
+    config: TrainConfig
+    model_config: ModelConfig
+
+
+def save_checkpoint(
+    folder: Path, *, step: int, config: TrainConfig, engine: Engine, tokenizer: Tokenizer
+) -> Path:
+    """Write `folder`/step-N, every rank its part. Returns the finished folder.
+
+    Raises:
+        SaveError: the disk is full or the folder cannot be written; nothing that was there has changed.
+    """
+    work = folder / f".step-{step:08d}.tmp"
+    try:
+        if engine.rank == 0:
+            prepare(work)
+        engine.sum_ranks(torch.zeros(1))
+        weights = engine.weights()
+        engine.save_state(work)
+        torch.save(_random_states(), work / f"rng-{engine.rank}.pt")
+        if engine.rank == 0:
+            _describe(work, step, config, engine.module.config, tokenizer, weights)
+        engine.sum_ranks(torch.zeros(1))
+        return commit(work, folder / f"step-{step:08d}", writes=engine.rank == 0)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_disk_trouble(error):
+            raise
+        discard(work)
+        raise SaveError(
+            f"no checkpoint of step {step}: writing to {folder} failed ({error}); free space there. "
+            "Earlier checkpoints are whole"
+        ) from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Check that a checkpoint folder is whole, and read its description.
+
+    Raises:
+        MoevizError: no checkpoint there, or a damaged one; the message names the file.
+    """
+    verify(path)
+    return _read_description(path)
+
+
+def load_checkpoint(path: str | Path) -> tuple[MoELanguageModel, Tokenizer, TrainConfig, int]:
+    """A checkpoint folder -> (model in evaluation mode on the CPU, tokenizer, training config, steps done).
+
+    Raises:
+        MoevizError: no checkpoint there, or a damaged one; the message names the file.
+    """
+    found = read_checkpoint(Path(path))
+    model = MoELanguageModel(found.model_config)
+    weights = load_file(found.path / WEIGHTS_FILE)
+    model.load_state_dict(_with_tied(weights, model))
+    return model.eval(), load_tokenizer(found.path / TOKENIZER_FILE), found.config, found.step
+
+
+def restore(found: Checkpoint, engine: Engine) -> None:
+    """Put an engine back to the state in which the checkpoint was written, its random generators too."""
+    weights = load_file(found.path / WEIGHTS_FILE)
+    engine.load_state(_with_tied(weights, engine.module), found.path)
+    states = torch.load(found.path / f"rng-{engine.rank}.pt", weights_only=True)
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _describe(
+    work: Path,
+    step: int,
+    config: TrainConfig,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    weights: Mapping[str, Tensor],
+) -> None:
+    save_file(_without_tied(weights, model_config), work / WEIGHTS_FILE)
+    tokenizer.save(work / TOKENIZER_FILE)
+    text = {"format": _FORMAT, "step": step, "train": config.to_dict(), "model": model_config.to_dict()}
+    (work / CONFIG_FILE).write_text(json.dumps(text, indent=1))
+
+
+def _read_description(path: Path) -> Checkpoint:
+    text = json.loads((path / CONFIG_FILE).read_text())
+    if text["format"] != _FORMAT:
+        raise MoevizError(
+            f"{path} is of format {text['format']}, not {_FORMAT}; use the version that wrote it"
+        )
+    return Checkpoint(
+        path=path,
+        step=text["step"],
+        config=TrainConfig.from_dict(text["train"]),
+        model_config=ModelConfig.from_dict(text["model"]),
+    )
+
+
+_TIED, _SOURCE = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def _without_tied(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A tied output matrix is one tensor under two names; safetensors stores it once."""
+    return {
+        name: value.contiguous()
+        for name, value in weights.items()
+        if not (config.tie_embeddings and name == _TIED)
+    }
+
+
+def _with_tied(weights: dict[str, Tensor], model: MoELanguageModel) -> dict[str, Tensor]:
+    return weights | {_TIED: weights[_SOURCE]} if model.config.tie_embeddings else weights
+
+
+def _random_states() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def _is_disk_trouble(error: Exception) -> bool:
+    """torch and safetensors wrap the system's error in their own, with its text inside."""
+    texts = ("No space left", "Disk quota", "File too large", "Read-only file system", "Permission denied")
+    return isinstance(error, OSError) or any(text in str(error) for text in texts)

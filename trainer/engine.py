@@ -1,0 +1,107 @@
+"""What runs a step: the few verbs that the training loop knows, the same for plain torch and for DeepSpeed.
+
+    for every micro-batch: engine.backward(loss of engine.forward(inputs, labels))
+    gradient norm = engine.step(learning rate)
+
+An engine owns the model's placement and precision, the gradients and the optimizer. It knows nothing of data,
+schedules, balancing or logging.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.lm import ModelOutput, MoELanguageModel
+from moeviz.errors import MoevizError
+from trainer.config import TrainConfig
+
+
+class Engine(Protocol):
+    """One model being trained, on one rank."""
+
+    module: MoELanguageModel
+    """The bare model: what probes attach to, and what evaluation and checkpoints read."""
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
+        """Run one micro-batch with gradients on."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one micro-batch's gradients; the mean over the step's micro-batches is taken inside."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update the weights, clear the gradients. Returns the gradient's norm before clipping."""
+
+    def sum_ranks(self, values: Tensor) -> Tensor:
+        """The element-wise sum of a tensor over all ranks; the tensor itself on a single rank."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole weights and persistent buffers by name, on the CPU. Every rank must call it."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write what resuming needs beside `weights()`, each rank its own files. Every rank must call it."""
+
+    def load_state(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """The inverse of `weights` and `save_state`."""
+
+    def destroy(self) -> None:
+        """Release what outlives the object; the module stays usable."""
+
+
+def build_engine(model: MoELanguageModel, config: TrainConfig) -> Engine:
+    """The engine that `config.engine` names, with the model placed on its device in its precision."""
+    if config.engine.engine == "deepspeed":
+        from trainer.engine_deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config)
+    from trainer.engine_torch import TorchEngine
+
+    return TorchEngine(model, config)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, or a torch device name -> a device that exists.
+
+    Raises:
+        MoevizError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MoevizError(f"device={name} is no device torch knows; give cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise MoevizError(
+            f"device={name}, but torch sees {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
+    return device
+
+
+def set_threads(threads: int | None) -> int:
+    """Choose the number of CPU threads of one operation, and return it.
+
+    Without a value OMP_NUM_THREADS decides, else one thread for each physical core this process may use: two
+    hyper-threads of one core compete for the same multipliers.
+    """
+    if threads is None and "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    torch.set_num_threads(threads or physical_cores())
+    return torch.get_num_threads()
+
+
+def physical_cores() -> int:
+    """Physical cores among the CPUs this process may run on, at least 1."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores: set[str] = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    return max(len(cores), 1)

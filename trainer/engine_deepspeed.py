@@ -1,0 +1,163 @@
+"""DeepSpeed with ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054), on one rank or many.
+
+Start many with `torchrun --nproc-per-node N -m moeviz.cli train ...`; one process needs no launcher.
+DeepSpeed's own C++ optimizers and its shared-memory collective are avoided: they are compiled at first use,
+for minutes, and a build that is killed half way leaves a lock on which later runs hang.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from model.lm import ModelOutput, MoELanguageModel
+from moeviz.errors import require
+from trainer.config import TrainConfig
+from trainer.engine import choose_device
+from trainer.optim import build_optimizer, set_learning_rate
+
+_TAG = "deepspeed"
+
+
+class DeepSpeedEngine:
+    """One rank of a DeepSpeed run.
+
+    In bf16 DeepSpeed keeps fp32 masters, but rounds the stored router weights too; their product is taken in
+    fp32.
+    """
+
+    def __init__(self, model: MoELanguageModel, config: TrainConfig) -> None:
+        join_ranks()
+        deepspeed = _import_deepspeed()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = choose_device(config.engine.device, int(os.environ["LOCAL_RANK"]))
+        self.module = model.to(self.device)
+        self._stage = config.engine.zero_stage
+        optimizer = build_optimizer(self.module.named_parameters(), config.optim)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=self.module, optimizer=optimizer, config=deepspeed_config(config)
+        )
+
+    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
+        return self._engine(input_ids_BS, labels_BS)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        set_learning_rate(self._optimizer, learning_rate)
+        norm = self._plain_gradient_norm() if self._stage == 0 else None
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def _plain_gradient_norm(self) -> Tensor:
+        """In stage 0 DeepSpeed reports no norm; gradients are whole and already averaged over the ranks."""
+        gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def sum_ranks(self, values: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def weights(self) -> dict[str, Tensor]:
+        parameters = list(self.module.parameters())
+        with _gathered(parameters) if self._stage == 3 else nullcontext():
+            return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
+
+    def save_state(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load_state(self, weights: dict[str, Tensor], folder: Path) -> None:
+        # DeepSpeed's files hold the weights too, and the buffers; `weights` are the copy for everyone else.
+        self._engine.checkpoint_engine.load = _load_without_code
+        self._engine.load_checkpoint(str(folder), tag=_TAG)
+
+    def destroy(self) -> None:
+        self._engine.destroy()
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a run."""
+    return {
+        "train_micro_batch_size_per_gpu": config.data.batch_size,
+        "gradient_accumulation_steps": config.data.gradient_accumulation_steps,
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": {"enabled": config.engine.dtype == "bf16"},
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        # The optimizer is torch's AdamW, which DeepSpeed has not certified but works with.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def join_ranks() -> None:
+    """Join the process group of the launcher, or make one of a single rank. Idempotent.
+
+    Without a launcher the five variables that every launcher sets are given here; DeepSpeed would ask for
+    MPI.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        alone = {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+        }
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without the collective that it would compile."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
+    deepspeed = require("deepspeed", "deepspeed", "--engine deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        compatible = getattr(
+            require("deepspeed.ops", "deepspeed", "--engine deepspeed"), "__compatible_ops__", {}
+        )
+        compatible["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _load_without_code(path: str, map_location: Any = None) -> Any:
+    """Read one of DeepSpeed's files without running what a pickle may hide; DeepSpeed itself would run it."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _gathered(parameters: list[torch.nn.Parameter]) -> Any:
+    """ZeRO-3 keeps a share of every weight on each rank: whole ones exist inside this context only."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
