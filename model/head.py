@@ -75,10 +75,10 @@ def _fused_cross_entropy(
     grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_grad else hidden_TD.new_empty(0)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         for rows in _chunks(hidden_TD, weight_VD):
-            logp_TV = torch.log_softmax((hidden_TD[rows] @ weight_VD.t()).to(wide), dim=-1)
-            token_loss_T[rows] = -logp_TV.gather(1, targets_T[rows, None]).squeeze(1)
+            logits_TV = hidden_TD[rows] @ weight_VD.t()
+            probs_TV, token_loss_T[rows] = _softmax_and_loss(logits_TV, targets_T[rows])
             if needs_grad:
-                errors_TV = _logit_gradients(logp_TV, targets_T[rows], scale_T[rows]).to(hidden_TD.dtype)
+                errors_TV = _logit_gradients(probs_TV, targets_T[rows], scale_T[rows]).to(hidden_TD.dtype)
                 torch.mm(errors_TV, weight_VD, out=grad_hidden_TD[rows])
                 _add_product(grad_weight_VD, errors_TV.t(), hidden_TD[rows])
     ce = token_loss_T @ scale_T
@@ -92,10 +92,23 @@ def _chunks(hidden_TD: Tensor, weight_VD: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(hidden_TD), step)]
 
 
-def _logit_gradients(logp_TV: Tensor, targets_T: Tensor, scale_T: Tensor) -> Tensor:
-    """(softmax - one-hot) * scale, in place of the log-probabilities."""
+def _softmax_and_loss(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and -log of the target's, with one exponential per logit.
+
+    The largest probability is exp(largest logit) / sum of exponentials, at least 1 / V: its logarithm never
+    underflows and gives the normaliser, which a second pass of `log_softmax` or `exp` would cost as much
+    again.
+    """
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    probs_TV = logits_TV.softmax(dim=-1, dtype=wide)
+    normaliser_T = logits_TV.amax(dim=-1).to(wide) - probs_TV.amax(dim=-1).log()
+    return probs_TV, normaliser_T - logits_TV.gather(1, targets_T[:, None]).squeeze(1)
+
+
+def _logit_gradients(probs_TV: Tensor, targets_T: Tensor, scale_T: Tensor) -> Tensor:
+    """(softmax - one-hot) * scale, in place."""
     minus_one_T1 = torch.full_like(scale_T, -1)[:, None]
-    return logp_TV.exp_().scatter_add_(1, targets_T[:, None], minus_one_T1).mul_(scale_T[:, None])
+    return probs_TV.scatter_add_(1, targets_T[:, None], minus_one_T1).mul_(scale_T[:, None])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,6 +1,4 @@
-"""Keys and values of the tokens read so far, so that generating a token costs one position and not all of
-them.
-"""
+"""Keys and values of the tokens read so far: generating a token then costs one position, not all of them."""
 
 from __future__ import annotations
 

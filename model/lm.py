@@ -26,7 +26,7 @@ from model.router import Routing
 
 
 class ModelOutput(NamedTuple):
-    """What one forward pass says. With labels there are losses and no logits; without, the other way round."""
+    """What one forward pass says: losses and no logits with labels, logits and no losses without."""
 
     logits_BSV: Tensor | None
     ce: Tensor | None
@@ -34,7 +34,7 @@ class ModelOutput(NamedTuple):
     token_loss_BS: Tensor | None
     """float32, nats, detached: loss of predicting `labels_BS` at each position, 0 where the label is -100."""
     aux: dict[str, Tensor]
-    """Router losses per MoE layer [L], without coefficients: `balance` (1 is even), `z`. Empty without labels."""
+    """Router losses per MoE layer [L], no coefficients: `balance` (1 is even), `z`; empty without labels."""
     expert_counts_LE: Tensor
     """int64, detached: valid tokens that chose each expert; rows sum to N * K."""
 
@@ -141,7 +141,7 @@ class MoELanguageModel(nn.Module):
         return {"balance": balance, "z": z_losses(logits_LTE, valid_T)}
 
     def gradient_checkpointing_enable(self) -> None:
-        """Keep one activation per block and recompute the rest in backward: less memory, a third more time."""
+        """Keep one activation per block and recompute the rest in backward: less memory, more time."""
         self.model.recompute = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -167,3 +167,7 @@ class MoELanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype

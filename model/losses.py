@@ -1,6 +1,7 @@
 """What keeps routing healthy beside the cross-entropy: one loss per MoE layer, without coefficients.
 
-Pure functions of the routings of a forward pass. The trainer decides what they weigh, so a reported cross-entropy is a cross-entropy. L counts MoE layers here.
+Pure functions of the routings of a forward pass. The trainer decides what they weigh, so a
+reported cross-entropy is a cross-entropy. L counts MoE layers here.
 """
 
 from __future__ import annotations

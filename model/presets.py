@@ -1,0 +1,171 @@
+"""Named models, each a function that returns a config. Pick one, or turn one dial (`from_depth`).
+
+The tiny ones have the wiring of a published model at a size that trains on a laptop: what differs from model
+to model is the routing, and routing is what there is to see. The vocabulary is replaced by the tokenizer's at
+training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from model.config import ModelConfig, RouterConfig
+
+# DeepSeek-V3's routing without groups: a bias balances the load, and no auxiliary loss pulls at the weights.
+_BIAS_BALANCED = RouterConfig(score="sigmoid", selection_bias=True)
+
+
+def demo() -> ModelConfig:
+    """The two-minute tour: 3.0M parameters, 400 steps of 16 x 128 tokens on two CPU cores."""
+    return ModelConfig(
+        dim=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        max_seq_len=256,
+        num_experts=8,
+        top_k=2,
+        expert_dim=128,
+        num_shared_experts=1,
+        router=_BIAS_BALANCED,
+    )
+
+
+def minimal() -> ModelConfig:
+    """A plain softmax top-2 MoE with wide experts: 6 layers of width 384."""
+    return ModelConfig(dim=384, num_layers=6, num_heads=8, num_experts=8, top_k=2, expert_dim=1536)
+
+
+def optimal() -> ModelConfig:
+    """8 layers of width 512 with grouped queries, balanced by bias: 47.2M parameters, 18.9M active."""
+    return ModelConfig(
+        dim=512,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
+        num_experts=8,
+        top_k=2,
+        expert_dim=384,
+        router=_BIAS_BALANCED,
+    )
+
+
+def blues() -> ModelConfig:
+    """6 layers of width 512 under a vocabulary of 200,020, where the embeddings are most of the model."""
+    return ModelConfig(
+        vocab_size=200_020,
+        dim=512,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=2,
+        max_seq_len=512,
+        num_experts=8,
+        top_k=2,
+        expert_dim=512,
+    )
+
+
+def mixtral_tiny() -> ModelConfig:
+    """Mixtral's wiring (arXiv:2401.04088).
+
+    Softmax, top-2 of 8, gate weights that sum to 1, no shared expert.
+    """
+    return ModelConfig(
+        dim=256,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        rope_base=1_000_000.0,
+        num_experts=8,
+        top_k=2,
+        expert_dim=448,
+    )
+
+
+def olmoe_tiny() -> ModelConfig:
+    """OLMoE's wiring (arXiv:2409.02060).
+
+    Many small experts, gate weights not normalised, queries and keys are.
+    """
+    return ModelConfig(
+        dim=256,
+        num_layers=4,
+        num_heads=4,
+        qk_norm="projection",
+        num_experts=64,
+        top_k=8,
+        expert_dim=128,
+        router=RouterConfig(norm_topk=False),
+    )
+
+
+def qwen3_tiny() -> ModelConfig:
+    """Qwen3-MoE's wiring (arXiv:2505.09388).
+
+    Many small experts, weights that sum to 1, each head normalised.
+    """
+    return ModelConfig(
+        dim=256,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        qk_norm="head",
+        norm_eps=1e-6,
+        rope_base=1_000_000.0,
+        tie_embeddings=True,
+        num_experts=32,
+        top_k=4,
+        expert_dim=96,
+    )
+
+
+PRESETS: Mapping[str, Callable[[], ModelConfig]] = MappingProxyType(
+    {
+        "demo": demo,
+        "minimal": minimal,
+        "optimal": optimal,
+        "blues": blues,
+        "mixtral-tiny": mixtral_tiny,
+        "olmoe-tiny": olmoe_tiny,
+        "qwen3-tiny": qwen3_tiny,
+    }
+)
+"""Every preset by the name that the command line takes."""
+
+
+def from_depth(depth: int) -> ModelConfig:
+    """A sensible MoE from one number, the count of blocks.
+
+    Width grows with depth (64 per block, heads of 64). The number of experts is the power of two nearest to
+    four per block, at least 8, and the experts that a token uses, with one shared, are together as wide as
+    the feed-forward layer of a dense Llama: 8/3 of the width.
+    """
+    if depth < 1:
+        raise ValueError(f"depth={depth} is below 1; a model needs a block")
+    dim = 64 * depth
+    num_experts = max(8, 1 << _round_log2(4 * depth))
+    top_k = 2 if num_experts <= 16 else 4 if num_experts <= 64 else 8
+    return ModelConfig(
+        dim=dim,
+        num_layers=depth,
+        num_heads=depth,
+        num_kv_heads=depth // next(group for group in (4, 3, 2, 1) if depth % group == 0),
+        first_dense_layers=1 if depth >= 8 else 0,
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_dim=_round_up(8 * dim // (3 * (top_k + 1)), 32),
+        num_shared_experts=1,
+        router=_BIAS_BALANCED,
+    )
+
+
+def _round_log2(number: int) -> int:
+    """Exponent of the power of two nearest to `number` by ratio."""
+    exponent = number.bit_length() - 1
+    return exponent + (number * number > 2 << 2 * exponent)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
