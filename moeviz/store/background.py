@@ -1,0 +1,277 @@
+"""Between training and a sink: a bounded queue and one daemon thread, so that recording never stops a step.
+
+`write` appends and returns. It never blocks and never raises. When the queue is full, samples (token-level
+rows and maps) are dropped and counted; loads, scalars, metrics, alerts and events never are. An exception of
+the sink is logged once with a remedy, counted, and recording goes on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from moeviz.records import (
+    AttentionRecord,
+    EventRecord,
+    Record,
+    SequenceRecord,
+    Sink,
+    TokenRoutingRecord,
+)
+
+_log = logging.getLogger("moeviz.store")
+_SAMPLES = (TokenRoutingRecord, SequenceRecord, AttentionRecord)
+_ARRAYS = ("experts_LNSK", "weights_LNSK", "token_ids_NS", "token_loss_NS", "map_QC")
+
+
+@runtime_checkable
+class Deferred(Protocol):
+    """Work to finish off the training thread: device copies in flight, reductions on the host.
+
+    Optional attributes: `droppable: bool` (True: only samples inside, a full queue may drop it whole; default
+    False), `nbytes: int` (memory it holds, counted against the queue's bound), `step: int` and `rank: int`
+    (for the event that reports a drop).
+    """
+
+    def materialize(self) -> Iterable[Record]: ...
+
+
+class QueueStats(NamedTuple):
+    """What passed through a `BackgroundSink` so far."""
+
+    written: int
+    """Records handed to the inner sink."""
+    dropped_samples: int
+    """Samples given up because the queue was full."""
+    errors: int
+    """Exceptions of the inner sink or of deferred work."""
+    lost: int
+    """Records that the inner sink refused for good, and items still queued when close ran out of time."""
+    max_write_seconds: float
+    """Longest time one `write` kept the training thread."""
+
+
+class BackgroundSink:
+    """A `Sink` in front of another one; see the module docstring. Arrays of a record must not be reused."""
+
+    def __init__(
+        self,
+        inner: Sink,
+        capacity: int = 4096,
+        capacity_bytes: float = 256e6,
+        flush_seconds: float = 1.0,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            inner: called from the thread only.
+            capacity: queued items above which samples are dropped.
+            capacity_bytes: queued bytes of arrays above which samples are dropped.
+            flush_seconds: how often what was written is made visible.
+        """
+        self._inner = inner
+        self._capacity, self._capacity_bytes, self._flush_seconds = capacity, capacity_bytes, flush_seconds
+        self._queue: deque[tuple[Record | Deferred, int]] = deque()
+        self._queued_bytes = 0
+        self._wake = threading.Condition()
+        self._flush_requests = 0
+        self._flushes_done = 0
+        self._closing = False
+        self._closed = False
+        self._written = self._dropped = self._reported = self._errors = self._lost = 0
+        self._max_write_seconds = 0.0
+        self._at = (0, 0)
+        self._said: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name="moeviz-writer", daemon=True)
+        self._thread.start()
+        atexit.register(_close_at_exit, weakref.ref(self), os.getpid())
+
+    def write(self, record: Record | Deferred) -> None:
+        """Queue a record or a deferred item. Returns at once; never raises."""
+        begin = time.perf_counter()
+        size = _array_bytes(record)
+        droppable = isinstance(record, _SAMPLES) or getattr(record, "droppable", False) is True
+        with self._wake:
+            full = len(self._queue) >= self._capacity or self._queued_bytes + size > self._capacity_bytes
+            if self._closing:
+                self._lost += 1
+            elif droppable and full:
+                self._dropped += 1
+                self._at = (getattr(record, "step", self._at[0]), getattr(record, "rank", self._at[1]))
+            else:
+                self._queue.append((record, size))
+                self._queued_bytes += size
+                self._wake.notify()
+        self._max_write_seconds = max(self._max_write_seconds, time.perf_counter() - begin)
+
+    def flush(self, timeout: float = 30.0) -> bool:
+        """Wait until everything queued so far is visible to readers. False when `timeout` seconds were not
+        enough.
+        """
+        with self._wake:
+            self._flush_requests += 1
+            ticket = self._flush_requests
+            self._wake.notify()
+            return self._wake.wait_for(
+                lambda: self._flushes_done >= ticket or not self._thread.is_alive(), timeout
+            )
+
+    def close(self, timeout: float = 30.0) -> QueueStats:
+        """Write what is queued, close the inner sink, stop the thread. Closing twice is allowed."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        with self._wake:
+            if not self._closed:
+                self._closed = True
+                self._lost += len(self._queue)
+                if self._thread.is_alive():
+                    self._say(
+                        "close",
+                        f"writing did not finish within {timeout:g} s; {len(self._queue)} items are lost",
+                    )
+        return self.stats
+
+    @property
+    def stats(self) -> QueueStats:
+        return QueueStats(self._written, self._dropped, self._errors, self._lost, self._max_write_seconds)
+
+    # The thread.
+
+    def _run(self) -> None:
+        due = time.monotonic() + self._flush_seconds
+        dirty = False
+        while True:
+            with self._wake:
+                self._wake.wait_for(self._has_work, max(0.0, due - time.monotonic()) if dirty else None)
+                requests, closing = self._flush_requests, self._closing
+                item = self._queue.popleft() if self._queue else None
+                if item is not None:
+                    self._queued_bytes -= item[1]
+            if item is not None:
+                self._deliver(item[0])
+                dirty = True
+            flush_asked = item is None and requests > self._flushes_done
+            if flush_asked or (item is None and closing) or time.monotonic() >= due:
+                self._report_drops()
+                dirty = not self._attempt("flush", self._inner.flush)
+                due = time.monotonic() + self._flush_seconds
+            if flush_asked:
+                with self._wake:
+                    self._flushes_done = requests
+                    self._wake.notify_all()
+            if closing and item is None:
+                self._attempt("close", self._inner.close)
+                return
+
+    def _has_work(self) -> bool:
+        return bool(self._queue) or self._closing or self._flush_requests > self._flushes_done
+
+    def _deliver(self, item: Record | Deferred) -> None:
+        try:
+            records = item.materialize() if isinstance(item, Deferred) else (item,)
+            for record in records:
+                self._write_inner(record)
+        except Exception as error:
+            self._fail("deferred work", error)
+            self._lost += 1
+
+    def _write_inner(self, record: Record) -> None:
+        try:
+            self._inner.write(record)
+            self._written += 1
+        except OSError as error:  # a sink keeps what the disk refused and tries again
+            self._written += 1
+            self._fail("write", error)
+        except Exception as error:
+            self._lost += 1
+            self._fail("write", error)
+
+    def _attempt(self, what: str, call: object) -> bool:
+        assert callable(call)
+        try:
+            call()
+        except Exception as error:
+            self._fail(what, error)
+            return False
+        return True
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self._errors += 1
+        message = (
+            f"recording failed in {what}: {type(error).__name__}: {error}; {_remedy(error)}; training goes on"
+        )
+        if self._say(f"{what}/{type(error).__name__}/{getattr(error, 'errno', '')}", message):
+            _log.debug("recording failed", exc_info=error)
+            detail = {"where": what, "error": f"{type(error).__name__}: {error}"}
+            self._try_event("recording_failed", detail)
+
+    def _report_drops(self) -> None:
+        dropped = self._dropped
+        if dropped > self._reported:
+            samples = dropped - self._reported
+            self._say(
+                "drop",
+                f"the recorder is behind: {samples} samples dropped (loads are complete); sample less often",
+            )
+            if self._try_event("dropped_samples", {"samples": samples, "total": dropped}):
+                self._reported = dropped
+
+    def _try_event(self, kind: str, detail: Mapping[str, object]) -> bool:
+        step, rank = self._at
+        try:
+            self._inner.write(EventRecord(step=step, rank=rank, ts=time.time(), kind=kind, detail=detail))
+        except OSError:
+            return True  # kept for the next flush
+        except Exception:
+            _log.debug("an event could not be recorded", exc_info=True)
+            return False
+        return True
+
+    def _say(self, key: str, message: str) -> bool:
+        """Warn once per key."""
+        if key in self._said:
+            return False
+        self._said.add(key)
+        _log.warning("%s", message)
+        return True
+
+
+def _array_bytes(record: object) -> int:
+    size = getattr(record, "nbytes", None)
+    if isinstance(size, int):
+        return size
+    if not isinstance(record, _SAMPLES):
+        return 0
+    arrays = (getattr(record, name, None) for name in _ARRAYS)
+    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+
+
+def _remedy(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full: free space and recording catches up"
+    if isinstance(error, PermissionError) or number == errno.EROFS:
+        return "make the run folder writable and recording catches up"
+    if isinstance(error, OSError):
+        return "check the file system of the run folder; recording retries every second"
+    return "what this record said is lost; details with logging level DEBUG"
+
+
+def _close_at_exit(reference: weakref.ref[BackgroundSink], pid: int) -> None:
+    """A script that ends without close() keeps its last second. A forked child has no thread to join."""
+    sink = reference()
+    if sink is not None and os.getpid() == pid and not sink._closed:
+        sink.close(timeout=10.0)

@@ -1,0 +1,274 @@
+"""Records -> rows of the tables, as Arrow batches. Pure: no file, no clock, no queue.
+
+Arrays are handed over without a copy wherever their layout allows (`ListArray.from_arrays` on the buffer of a
+numpy array), and gate weights shrink to 8 bits: round(255 w / scale), an error of at most 0.002 of the scale.
+
+Shapes: L layers, E experts, N sequences, S sequence, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from moeviz.records import (
+    AlertRecord,
+    AttentionRecord,
+    EventRecord,
+    LoadRecord,
+    MetricRecord,
+    Record,
+    ScalarRecord,
+    SequenceRecord,
+    TokenRoutingRecord,
+)
+from moeviz.store.schema import MEANS, TABLES
+
+_SCHEMAS = {name: table.schema for name, table in TABLES.items()}
+
+
+class Rows(NamedTuple):
+    """Rows for one table."""
+
+    table: str
+    batch: pa.RecordBatch
+
+
+@singledispatch
+def encode(record: Record, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    """The rows of one record.
+
+    Args:
+        record: any of `moeviz.records.Record`.
+        num_experts: experts of each MoE layer; lists of loads are cut to it. Empty: keep all columns.
+
+    Raises:
+        TypeError: not a record.
+    """
+    raise TypeError(f"{type(record).__name__} is no record; a sink takes the classes of moeviz.records")
+
+
+@encode.register
+def _(record: LoadRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    num_layers, width = record.counts_LE.shape
+    sizes_L = np.asarray(num_experts if len(num_experts) == num_layers else [width] * num_layers)
+    tokens = max(record.tokens, 1)
+    means = {column: record.token_sums.get(name) for name, column in MEANS.items()}
+    columns: dict[str, Any] = {
+        "step": _constant(record.step, num_layers, pa.int32()),
+        "rank": _constant(record.rank, num_layers, pa.uint16()),
+        "layer": pa.array(np.arange(num_layers, dtype=np.uint16)),
+        "ts": _constant(record.ts, num_layers, pa.float64()),
+        "tokens": _constant(record.tokens, num_layers, pa.uint32()),
+        "counts": _ragged(record.counts_LE, sizes_L, np.uint32),
+        "prob_sum": _ragged(record.prob_sum_LE, sizes_L, np.float32),
+        "weight_sum": _ragged(record.weight_sum_LE, sizes_L, np.float32),
+        "bias": _ragged(record.bias_LE, sizes_L, np.float32),
+        "dropped": _ragged(record.dropped_LE, sizes_L, np.uint32),
+    }
+    for column, sums_L in means.items():
+        columns[column] = (
+            None if sums_L is None else np.asarray(sums_L, dtype=np.float32) / np.float32(tokens)
+        )
+    yield _rows("expert_load", columns, num_layers)
+    others = {name: sums for name, sums in record.token_sums.items() if name not in MEANS}
+    if others:
+        values = {name: np.asarray(sums_L, dtype=np.float64) / tokens for name, sums_L in others.items()}
+        yield _metric_rows(record.step, values)
+
+
+@encode.register
+def _(record: TokenRoutingRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    num_layers, num_seqs, _, k = record.experts_LNSK.shape
+    if num_layers * num_seqs == 0:
+        return
+    lengths_N = np.asarray(record.lengths_N, dtype=np.int32)
+    codes_LNSK, scale_LN = _quantise(record.weights_LNSK)
+    yield _rows(
+        "routing",
+        {
+            "step": _constant(record.step, num_layers * num_seqs, pa.int32()),
+            "rank": _constant(record.rank, num_layers * num_seqs, pa.uint16()),
+            "layer": np.repeat(np.asarray(record.layers, dtype=np.uint16), num_seqs),
+            "seq": np.tile(np.asarray(record.seqs, dtype=np.uint32), num_layers),
+            "n_tokens": np.tile(lengths_N, num_layers),
+            "k": _constant(k, num_layers * num_seqs, pa.uint8()),
+            "experts": _sequences(record.experts_LNSK, lengths_N, np.uint16),
+            "weights": _sequences(codes_LNSK, lengths_N, np.uint8),
+            "weight_scale": scale_LN.reshape(-1),
+        },
+        num_layers * num_seqs,
+    )
+
+
+@encode.register
+def _(record: SequenceRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    num_seqs = len(record.seqs)
+    if num_seqs == 0:
+        return
+    lengths_N = np.asarray(record.lengths_N, dtype=np.int32)
+    loss_NS = record.token_loss_NS
+    yield _rows(
+        "sequences",
+        {
+            "step": _constant(record.step, num_seqs, pa.int32()),
+            "rank": _constant(record.rank, num_seqs, pa.uint16()),
+            "seq": np.asarray(record.seqs, dtype=np.uint32),
+            "domain": pa.array(record.domains, pa.string()),
+            "n_tokens": lengths_N,
+            "token_ids": _sequences(record.token_ids_NS[None], lengths_N, np.int32),
+            "token_loss": None if loss_NS is None else _sequences(loss_NS[None], lengths_N, np.float32),
+        },
+        num_seqs,
+    )
+
+
+@encode.register
+def _(record: AttentionRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    rows, cols = record.map_QC.shape
+    map_QC = np.nan_to_num(np.asarray(record.map_QC, dtype=np.float32), posinf=0.0, neginf=0.0)
+    row_max_Q = map_QC.max(axis=1, initial=0.0)
+    codes_QC = np.rint(map_QC * (255 / np.where(row_max_Q > 0, row_max_Q, 1))[:, None]).astype(np.uint8)
+    yield _rows(
+        "attention",
+        {
+            "step": [record.step],
+            "rank": [record.rank],
+            "layer": [record.layer],
+            "head": [record.head],
+            "seq": [record.seq],
+            "q_len": [record.q_len],
+            "k_len": [record.k_len],
+            "rows": [rows],
+            "cols": [cols],
+            "row_max": _lists(row_max_Q, np.array([0, rows])),
+            "map": _lists(codes_QC.reshape(-1), np.array([0, rows * cols])),
+        },
+        1,
+    )
+
+
+@encode.register
+def _(record: ScalarRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    if record.values:
+        size = len(record.values)
+        yield _rows(
+            "scalars",
+            {
+                "step": _constant(record.step, size, pa.int32()),
+                "rank": _constant(record.rank, size, pa.uint16()),
+                "ts": _constant(record.ts, size, pa.float64()),
+                "name": list(record.values),
+                "value": [float(value) for value in record.values.values()],
+            },
+            size,
+        )
+
+
+@encode.register
+def _(record: MetricRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    if record.values:
+        yield _metric_rows(record.step, record.values)
+
+
+@encode.register
+def _(record: AlertRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    fields = (
+        "episode rule rule_version layer experts severity raised_step cleared_step value peak threshold "
+        "message remedy"
+    )
+    columns: dict[str, Any] = {name: [getattr(record, name)] for name in fields.split()}
+    columns |= {"step": [record.updated_step], "evidence": [_json(record.evidence)]}
+    yield _rows("alerts", columns, 1)
+
+
+@encode.register
+def _(record: EventRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    columns = {name: [getattr(record, name)] for name in ("step", "rank", "ts", "kind")}
+    yield _rows("events", {**columns, "detail": [_json(record.detail)]}, 1)
+
+
+def _rows(table: str, columns: Mapping[str, Any], size: int) -> Rows:
+    """Columns by name -> a batch in the order and types of the schema; None and missing columns are NULL."""
+    schema = _SCHEMAS[table]
+    arrays = []
+    for field in schema:
+        values = columns.get(field.name)
+        if values is None:
+            arrays.append(pa.nulls(size, field.type))
+        elif isinstance(values, pa.Array):
+            arrays.append(values if values.type == field.type else values.cast(field.type))
+        else:
+            arrays.append(pa.array(values, field.type))
+    return Rows(table, pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+
+def _metric_rows(step: int, values: Mapping[str, np.ndarray | float]) -> Rows:
+    names: list[str] = []
+    layers: list[int | None] = []
+    numbers: list[float] = []
+    for name, value in values.items():
+        array = np.asarray(value, dtype=np.float64)
+        names += [name] * array.size
+        layers += [None] if array.ndim == 0 else list(range(array.size))
+        numbers += array.reshape(-1).tolist()
+    size = len(names)
+    columns = {"step": _constant(step, size, pa.int32()), "layer": layers, "name": names, "value": numbers}
+    return _rows("metrics", columns, size)
+
+
+def _constant(value: float, size: int, type_: pa.DataType) -> pa.Array:
+    return pa.array(np.full(size, value), type_)
+
+
+def _lists(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+
+def _ragged(array_LE: np.ndarray | None, sizes_L: np.ndarray, dtype: type) -> pa.ListArray | None:
+    """[L, E] -> one list per layer, cut to the layer's own number of experts."""
+    if array_LE is None:
+        return None
+    array_LE = np.asarray(array_LE)
+    offsets = np.concatenate(([0], np.cumsum(sizes_L)))
+    own_LE = np.arange(array_LE.shape[1]) < sizes_L[:, None]
+    values = array_LE.reshape(-1) if own_LE.all() else array_LE[own_LE]
+    return _lists(values.astype(dtype, copy=False), offsets)
+
+
+def _sequences(array_LNS: np.ndarray, lengths_N: np.ndarray, dtype: type) -> pa.ListArray:
+    """[L, N, S, ...] -> one list per (layer, sequence) with its first `length` positions, flattened."""
+    num_layers, _, length = array_LNS.shape[:3]
+    width = int(np.prod(array_LNS.shape[3:], dtype=np.int64))
+    array_LNS = np.ascontiguousarray(array_LNS, dtype=dtype)
+    if not (lengths_N == length).all():
+        array_LNS = array_LNS[:, np.arange(length) < lengths_N[:, None]]
+    offsets = np.concatenate(([0], np.cumsum(np.tile(lengths_N.astype(np.int64) * width, num_layers))))
+    return _lists(array_LNS.reshape(-1), offsets)
+
+
+def _quantise(weights_LNSK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """8-bit codes, uint8 [L, N, S, K], and the value of code 255, float32 [L, N]: 1 unless a weight exceeds
+    1.
+    """
+    weights = np.asarray(weights_LNSK, dtype=np.float32)
+    peak_LN = weights.max(axis=(2, 3), initial=0.0)
+    if not np.isfinite(peak_LN).all():  # a diverging run: NaN has no code, 0 is the honest one
+        weights = np.nan_to_num(weights, posinf=0.0, neginf=0.0)
+        peak_LN = weights.max(axis=(2, 3), initial=0.0)
+    scale_LN = np.where(peak_LN > 1, peak_LN, np.float32(1)).astype(np.float32)
+    codes = weights * (np.float32(255) / scale_LN)[:, :, None, None]
+    np.rint(codes, out=codes)
+    np.clip(codes, 0, 255, out=codes)
+    return codes.astype(np.uint8), scale_LN
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return orjson.dumps(
+        value, default=str, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+    ).decode()

@@ -1,0 +1,49 @@
+"""Every question a view may ask a run, one function each: Store -> DataFrame (or arrays) with documented
+columns.
+
+The functions live beside their kin in `queries_*.py`; import them from here.
+"""
+
+from __future__ import annotations
+
+from moeviz.store.queries_loads import last_step, load_history, load_matrix, load_over_time, step_range
+from moeviz.store.queries_paths import coactivation, expert_tokens, transitions
+from moeviz.store.queries_runs import has_ended, list_runs, run_state, step_rhythm
+from moeviz.store.queries_series import alert_records, alerts, events, metric_names, metric_over_time, scalars
+from moeviz.store.queries_tokens import (
+    TraceArrays,
+    attention_index,
+    attention_map,
+    sequences,
+    token_flow,
+    token_texts,
+    trace_arrays,
+)
+
+__all__ = [
+    "TraceArrays",
+    "alert_records",
+    "alerts",
+    "attention_index",
+    "attention_map",
+    "coactivation",
+    "events",
+    "expert_tokens",
+    "has_ended",
+    "last_step",
+    "list_runs",
+    "load_history",
+    "load_matrix",
+    "load_over_time",
+    "metric_names",
+    "metric_over_time",
+    "run_state",
+    "scalars",
+    "sequences",
+    "step_range",
+    "step_rhythm",
+    "token_flow",
+    "token_texts",
+    "trace_arrays",
+    "transitions",
+]

@@ -1,0 +1,128 @@
+"""Questions about whole runs: how one fares, and which there are."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moeviz.errors import MoevizError
+from moeviz.live import RunState
+from moeviz.store.catalog import find_runs
+from moeviz.store.queries_loads import last_step, load_matrix
+from moeviz.store.queries_series import alerts
+from moeviz.store.reader import Store, open_run
+
+STALE_SECONDS = 30.0
+DEAD_SECONDS = 120.0
+RHYTHM = 10.0
+"""A run is late when it waits this many times its own median interval between steps."""
+
+_RUN_COLUMNS = [
+    "name",
+    "path",
+    "state",
+    "last_step",
+    "planned_steps",
+    "loss",
+    "worst_entropy",
+    "open_alerts",
+    "created",
+]
+
+
+def run_state(last_ts: float | None, interval: float, ended: bool, now: float) -> RunState:
+    """The word for how a run fares.
+
+    Args:
+        last_ts: when training finished the newest step, seconds since the epoch; None before the first.
+        interval: median seconds between steps.
+        ended: whether the newest attempt said that it ended.
+        now: seconds since the epoch.
+    """
+    if ended:
+        return "ended"
+    if last_ts is None:
+        return "waiting"
+    late = max(RHYTHM * interval, STALE_SECONDS)
+    silent = now - last_ts
+    if silent <= late:
+        return "live"
+    return "stale" if silent <= max(DEAD_SECONDS, 2 * late) else "dead"
+
+
+def step_rhythm(store: Store, steps: int = 50) -> tuple[float | None, float]:
+    """When the newest step finished (None without steps) and the median seconds between the last `steps`
+    steps.
+    """
+    newest = last_step(store)
+    if newest is None:
+        return None, 0.0
+    times = store.frame(
+        lambda: (
+            f"""SELECT step, max(ts) AS ts FROM {store.source("expert_load", newest - steps, newest)}
+        WHERE step BETWEEN ? AND ? GROUP BY step ORDER BY step"""
+        ),
+        [newest - steps, newest],
+    )["ts"].to_numpy()
+    return float(times[-1]), float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+
+
+def has_ended(store: Store) -> bool:
+    """Whether the last thing that the run said about itself is that it ended."""
+    kinds = store.frame(
+        lambda: (
+            f"""SELECT kind FROM {store.source("events")}
+        WHERE kind IN ('started', 'resumed', 'ended') ORDER BY ts DESC LIMIT 1"""
+        )
+    )["kind"]
+    return len(kinds) > 0 and kinds.iloc[0] == "ended"
+
+
+def list_runs(folder: str | Path) -> pd.DataFrame:
+    """The runs directly in `folder`, newest first.
+
+    Returns: name, path, state, last_step, planned_steps, loss (newest), worst_entropy (lowest entropy of the
+    load / ln E over the layers, newest step), open_alerts, created (seconds since the epoch). A run that
+    cannot be read is listed with state `unreadable`.
+    """
+    rows = [_summary(path) for path, _ in find_runs(folder)]
+    return pd.DataFrame(rows, columns=_RUN_COLUMNS)
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        with open_run(path) as store:
+            last_ts, interval = step_rhythm(store)
+            loss = store.frame(
+                lambda: (
+                    f"""SELECT value FROM {store.source("scalars")} WHERE name = 'loss'
+                ORDER BY step DESC LIMIT 1"""
+                )
+            )["value"]
+            return {
+                "name": store.info.name,
+                "path": str(path),
+                "state": run_state(last_ts, interval, has_ended(store), time.time()),
+                "last_step": last_step(store),
+                "planned_steps": store.info.planned_steps,
+                "loss": float(loss.iloc[0]) if len(loss) else np.nan,
+                "worst_entropy": _worst_entropy(load_matrix(store)),
+                "open_alerts": len(alerts(store, open_only=True)),
+                "created": store.info.created,
+            }
+    except MoevizError:
+        return {"name": path.name, "path": str(path), "state": "unreadable"}
+
+
+def _worst_entropy(loads: pd.DataFrame) -> float:
+    """Smallest normalised entropy of the load over layers, 0 to 1; NaN without loads."""
+    if loads.empty:
+        return float("nan")
+    share = loads["share"].to_numpy(dtype=np.float64)
+    terms = np.where(share > 0, -share * np.log(np.where(share > 0, share, 1)), 0.0)
+    by_layer = pd.Series(terms).groupby(loads["layer"].to_numpy()).agg(["sum", "size"])
+    return float((by_layer["sum"] / np.log(np.maximum(by_layer["size"], 2))).min())

@@ -1,0 +1,247 @@
+"""Reading a run: `open_run(path)` gives a `Store`, which answers SQL over what the run folder holds right
+now.
+
+Works while another process writes, after packing, and on a copied, moved or half-copied folder: what is
+missing or damaged is skipped and named in `Store.notes`. Needs no torch, takes no lock, writes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+
+from moeviz.errors import MoevizError
+from moeviz.store.catalog import locate_run
+from moeviz.store.listing import Listing
+from moeviz.store.run import DATABASE_FILE, RUN_FILE, VOCAB_FILE, RunInfo, read_info
+from moeviz.store.sandbox import check_select, explain_error
+from moeviz.store.schema import TABLES, VOCAB_SCHEMA
+from moeviz.store.views import DECISIONS_SQL
+
+_T = TypeVar("_T")
+
+
+def open_run(path: str | Path) -> Store:
+    """Open a run for reading.
+
+    Args:
+        path: a run folder, a folder that contains runs (the newest is opened), or a run.duckdb.
+
+    Raises:
+        RunNotFoundError: no run there; the message names runs nearby.
+        CorruptRunError: run.json is unreadable, or of a newer schema.
+    """
+    return Store(locate_run(path))
+
+
+class Store:
+    """One run, open for reading. Methods may be called from any thread; they take turns."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the run folder `path`, or a packed file. `open_run` finds it first."""
+        self.path = path
+        self._lock = threading.RLock()
+        self._closed = False
+        self._info_stamp: object = None
+        self._listings: dict[str, Listing] = {}
+        self._connection: duckdb.DuckDBPyConnection | None = None
+        self.info: RunInfo
+        self._refresh()
+
+    # What people use.
+
+    @property
+    def notes(self) -> list[str]:
+        """What is missing or damaged, one sentence each; empty for a whole run."""
+        with self._lock:
+            self._refresh()
+            return [note for listing in self._listings.values() for note in listing.notes]
+
+    def sql(self, query: str, params: Sequence[Any] | dict[str, Any] | None = None) -> pd.DataFrame:
+        """Ask anything: one SELECT over the tables of the run (`schema.TABLES`, `decisions`, `vocab`).
+
+        Raises:
+            MoevizError: not a single SELECT, a function that reaches for files, or SQL that DuckDB refuses.
+        """
+        with self._lock:
+            self._refresh()
+            assert self._connection is not None
+            check_select(self._connection, query)
+            self._create_views()
+            try:
+                return self._retrying(lambda: self._run(query, params).df())
+            except duckdb.Error as error:
+                raise explain_error(error, ", ".join([*TABLES, "decisions", "vocab"])) from error
+
+    def close(self) -> None:
+        """Release the connection. Closing twice is allowed."""
+        with self._lock:
+            self._closed = True
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What moeviz.store.queries uses.
+
+    def frame(
+        self, build: Callable[[], str], params: Sequence[Any] | dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Run trusted SQL. `build` makes it from `source(...)`, again after files were merged away."""
+        with self._lock:
+            self._refresh()
+            return self._retrying(lambda: self._run(build(), params).df())
+
+    def arrow(
+        self, build: Callable[[], str], params: Sequence[Any] | dict[str, Any] | None = None
+    ) -> pa.Table:
+        """Like `frame`, as an Arrow table: list columns without a Python object per row."""
+        with self._lock:
+            self._refresh()
+            return self._retrying(lambda: self._relation(build(), params).to_arrow_table())
+
+    def source(self, table: str, first: int | None = None, last: int | None = None) -> str:
+        """SQL that stands for `table` after FROM, reading only files with steps in first..last (inclusive).
+
+        A file may hold other steps as well: the caller's WHERE decides.
+        """
+        if self.info.packed:
+            return f"packed.{table}"
+        return self._listings[table].sql(first, last)
+
+    def newest_step(self, table: str) -> int | None:
+        """An upper bound on the steps in `table`, close to the newest one; None when it is empty. Reads no
+        rows.
+        """
+        with self._lock:
+            self._refresh()
+            if self.info.packed:
+                return self._run(f"SELECT max(step) FROM packed.{table}", None).fetchone()[0]  # type: ignore[index]
+            known = self._listings[table].step_range()
+            return None if known is None else known[1]
+
+    def revision(self, table: str) -> int:
+        """A number that changes whenever the files of `table` do."""
+        with self._lock:
+            self._refresh()
+            return -1 if self.info.packed else self._listings[table].revision
+
+    # The machinery.
+
+    def _run(self, query: str, params: Sequence[Any] | dict[str, Any] | None) -> duckdb.DuckDBPyConnection:
+        assert self._connection is not None
+        return self._connection.execute(query, params) if params else self._connection.execute(query)
+
+    def _relation(self, query: str, params: Sequence[Any] | dict[str, Any] | None) -> duckdb.DuckDBPyRelation:
+        assert self._connection is not None
+        return self._connection.sql(query, params=params) if params else self._connection.sql(query)
+
+    def _retrying(self, ask: Callable[[], _T]) -> _T:
+        """Ask; when a file vanished (merged or packed away), list again; when one is damaged, find and skip
+        it.
+        """
+        for thorough in (False, True):
+            try:
+                return ask()
+            except (duckdb.IOException, duckdb.InvalidInputException):
+                self._refresh(anew=True, thorough=thorough)
+                self._create_views()
+        return ask()
+
+    def _refresh(self, anew: bool = False, thorough: bool = False) -> None:
+        if self._closed:
+            raise MoevizError(f"the run {self.path} is closed; open it again with open_run")
+        stamp = self._stamp()
+        if stamp != self._info_stamp or self._connection is None:
+            self._open()
+            self._info_stamp = stamp
+        for listing in self._listings.values():
+            listing.refresh(anew, thorough)
+
+    def _stamp(self) -> object:
+        if self.path.is_file():
+            return None
+        try:
+            stat = (self.path / RUN_FILE).stat()
+        except FileNotFoundError:
+            read_info(self.path)
+            raise
+        return (stat.st_mtime_ns, stat.st_ino)
+
+    def _open(self) -> None:
+        """(Re)connect: at the start, and when run.json changed because the run was packed, unpacked or
+        resumed.
+        """
+        if self._connection is not None:
+            self._connection.close()
+        folder = self.path.parent if self.path.is_file() else self.path
+        self._connection = connection = duckdb.connect(config={"threads": 2, "async_threads": 1})
+        if self.path.is_file():
+            self.info = _attach(connection, self.path)
+        else:
+            self.info = read_info(self.path)
+            if self.info.packed:
+                _attach(connection, self.path / DATABASE_FILE)
+        self._listings = (
+            {} if self.info.packed else {table: Listing(folder / table, table) for table in TABLES}
+        )
+        self._viewed: dict[str, int] = {}
+        connection.execute("SET python_enable_replacements = false")
+        connection.execute("SET temp_directory = ''")
+        connection.execute(f"SET allowed_directories = ['{_quoted(folder.resolve())}', '{_quoted(folder)}']")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+
+    def _create_views(self) -> None:
+        """Views for people's SQL: recreated where files came or went since they were made."""
+        assert self._connection is not None
+        execute = self._connection.execute
+        for table in TABLES:
+            revision = -1 if self.info.packed else self._listings[table].revision
+            if self._viewed.get(table) != revision:
+                execute(f"CREATE OR REPLACE TEMP VIEW {table} AS SELECT * FROM {self.source(table)}")
+                self._viewed[table] = revision
+        if "decisions" not in self._viewed:
+            execute(f"CREATE OR REPLACE TEMP VIEW decisions AS {DECISIONS_SQL}")
+            execute(f"CREATE OR REPLACE TEMP VIEW vocab AS SELECT * FROM {self.vocab()}")
+            self._viewed["decisions"] = 0
+
+    def vocab(self) -> str:
+        """SQL that stands for the vocabulary after FROM."""
+        if self.info.packed:
+            return "packed.vocab"
+        path = self.path / VOCAB_FILE
+        if path.exists():
+            return f"read_parquet('{_quoted(path)}')"
+        names = ", ".join(f"NULL AS {name}" for name in VOCAB_SCHEMA.names)
+        return f"(SELECT {names} WHERE false)"
+
+
+def _attach(connection: duckdb.DuckDBPyConnection, path: Path) -> RunInfo:
+    """Attach a packed file as `packed` and read the RunInfo in it."""
+    connection.execute(f"ATTACH '{_quoted(path)}' AS packed (READ_ONLY)")
+    row = None
+    with contextlib.suppress(duckdb.CatalogException):
+        row = connection.execute("SELECT info FROM packed.run_info").fetchone()
+    if row is None:
+        raise MoevizError(f"{path} holds views only; open its folder, or pack it there with `moeviz pack`")
+    return RunInfo.from_json(row[0])
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")

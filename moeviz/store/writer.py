@@ -1,0 +1,176 @@
+"""The writer of one rank: buffers rows, and every second (or 8 MB) puts one file a table into the run folder.
+
+It neither opens nor imports DuckDB, takes no lock and talks to nobody: readers find files by their names.
+`BackgroundSink` moves it to a thread of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moeviz.errors import MoevizError
+from moeviz.records import Record
+from moeviz.store.background import BackgroundSink
+from moeviz.store.cover import SegmentName
+from moeviz.store.encode import encode
+from moeviz.store.run import Attempt, RunInfo, read_info
+from moeviz.store.schema import TABLES, segment_schema
+from moeviz.store.segments import remove_temporaries, segment_names, write_segment
+
+__all__ = ["BackgroundSink", "SegmentWriter", "WriterStats"]
+
+
+class WriterStats(NamedTuple):
+    """What a writer did so far."""
+
+    rows: int
+    segments: int
+    bytes: int
+    """Bytes on disk."""
+    dropped_rows: int
+    """Rows given up because the disk stayed full for longer than the memory bound allows."""
+
+
+class SegmentWriter:
+    """A `Sink` that keeps records in a run folder.
+
+    A flush that fails (disk full) raises OSError and keeps its rows: the next one retries. While it fails,
+    memory is bounded by `retry_bytes`: rows of samples go first, then the oldest rows of any table, and both
+    are counted.
+    """
+
+    def __init__(
+        self,
+        run_path: str | Path,
+        rank: int = 0,
+        attempt: int | None = None,
+        flush_seconds: float = 1.0,
+        flush_bytes: float = 8e6,
+        retry_bytes: float = 256e6,
+    ) -> None:
+        """Open the run folder `run_path` for `rank`; `attempt` defaults to the newest one of run.json.
+
+        Raises:
+            RunNotFoundError, CorruptRunError: no run to write to; `create_run` makes one.
+        """
+        self.path = Path(run_path)
+        self.rank = rank
+        info = read_info(self.path)
+        self._attempt = _attempt(info, attempt)
+        self._num_experts = [layer.num_experts for layer in info.model.layers]
+        self._schemas = {table: segment_schema(table, info.run_id) for table in TABLES}
+        self._flush_seconds, self._flush_bytes, self._retry_bytes = flush_seconds, flush_bytes, retry_bytes
+        self._pending: dict[str, list[pa.RecordBatch]] = {table: [] for table in TABLES}
+        self._pending_bytes = 0
+        self._last_flush = time.monotonic()
+        self._last_ts = 0.0
+        self._stats = WriterStats(0, 0, 0, 0)
+        self._closed = False
+        self._next_flush = {table: self._first_free(table) for table in TABLES}
+        for table in TABLES:
+            remove_temporaries(self.path / table, rank)
+
+    def write(self, record: Record) -> None:
+        """Buffer one record; flushes when a second has passed or 8 MB have gathered. Raises OSError if that
+        fails.
+        """
+        if self._closed:
+            raise MoevizError(f"the writer of {self.path} is closed; open a new SegmentWriter to write more")
+        for table, batch in encode(record, self._num_experts):
+            if table == "alerts":
+                batch = self._stamped(batch)
+            self._pending[table].append(batch)
+            self._pending_bytes += batch.nbytes
+        late = time.monotonic() - self._last_flush >= self._flush_seconds
+        if late or self._pending_bytes >= self._flush_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make everything written so far visible to readers: one file a table, expert_load last.
+
+        Raises:
+            OSError: the disk refused; what was not written is kept, within bounds, for the next flush.
+        """
+        self._last_flush = time.monotonic()
+        failure: OSError | None = None
+        for table, batches in self._pending.items():
+            if batches:
+                try:
+                    self._write_table(table, pa.Table.from_batches(batches))
+                    batches.clear()
+                except OSError as error:  # the small tables may still fit on a disk that refused a large one
+                    failure = error
+        self._pending_bytes = sum(batch.nbytes for batches in self._pending.values() for batch in batches)
+        if failure is not None:
+            self._bound_memory()
+            raise failure
+
+    def close(self) -> None:
+        """Flush, then refuse further writes. Closing twice is allowed."""
+        if not self._closed:
+            self.flush()
+            self._closed = True
+
+    @property
+    def stats(self) -> WriterStats:
+        return self._stats
+
+    def _write_table(self, table: str, rows: pa.Table) -> None:
+        steps = pc.min_max(rows["step"]).as_py()
+        flush = self._next_flush[table]
+        name = SegmentName(
+            rank=self.rank,
+            attempt=self._attempt.number,
+            from_step=self._attempt.from_step,
+            first_flush=flush,
+            last_flush=flush,
+            first_step=steps["min"],
+            last_step=steps["max"],
+            level=0,
+            active_ms=int(time.time() * 1000),
+        )
+        path = write_segment(self.path / table, name, rows.cast(self._schemas[table]))
+        self._next_flush[table] = flush + 1
+        self._stats = self._stats._replace(
+            rows=self._stats.rows + rows.num_rows,
+            segments=self._stats.segments + 1,
+            bytes=self._stats.bytes + path.stat().st_size,
+        )
+
+    def _first_free(self, table: str) -> int:
+        """Flush numbers go on where an earlier writer of this rank and attempt stopped."""
+        parsed = (SegmentName.parse(name) for name in segment_names(self.path / table))
+        mine = (
+            n.last_flush for n in parsed if n and (n.rank, n.attempt) == (self.rank, self._attempt.number)
+        )
+        return max(mine, default=-1) + 1
+
+    def _stamped(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Alerts get a strictly increasing time, which orders transitions within one step."""
+        self._last_ts = max(time.time(), self._last_ts + 1e-6)
+        at = batch.schema.get_field_index("ts")
+        return batch.set_column(at, batch.schema.field(at), pa.array([self._last_ts], pa.float64()))
+
+    def _bound_memory(self) -> None:
+        """Give up rows, samples first, until what waits for the disk fits `retry_bytes`."""
+        for table in sorted(self._pending, key=lambda table: not TABLES[table].sampled):
+            batches = self._pending[table]
+            while batches and self._pending_bytes > self._retry_bytes:
+                given_up = batches.pop(0)
+                self._pending_bytes -= given_up.nbytes
+                self._stats = self._stats._replace(dropped_rows=self._stats.dropped_rows + given_up.num_rows)
+
+
+def _attempt(info: RunInfo, number: int | None) -> Attempt:
+    if number is None:
+        return info.attempts[-1]
+    for attempt in info.attempts:
+        if attempt.number == number:
+            return attempt
+    known = ", ".join(str(attempt.number) for attempt in info.attempts)
+    raise MoevizError(f"attempt {number} is not one of the run's ({known}); resume_run begins a new one")
