@@ -1,0 +1,26 @@
+"""Collapse detection: rules over smoothed, noise-aware loads, one alert per episode, pure numpy.
+
+`RouterDetector` and `ScalarDetector` turn records into AlertRecords; `RULES` says what each means;
+`AlertConfig` holds every threshold; `latest` and `grouped` order them for readers.
+"""
+
+from moeviz.alerts.config import RULE_VERSION, AlertConfig, RunPlan
+from moeviz.alerts.detector import RouterDetector
+from moeviz.alerts.grouping import AlertGroup, grouped, latest
+from moeviz.alerts.rules import RULES, SEVERITIES, Rule, rule
+from moeviz.alerts.scalars import ScalarDetector
+
+__all__ = [
+    "RULES",
+    "RULE_VERSION",
+    "SEVERITIES",
+    "AlertConfig",
+    "AlertGroup",
+    "RouterDetector",
+    "Rule",
+    "RunPlan",
+    "ScalarDetector",
+    "grouped",
+    "latest",
+    "rule",
+]

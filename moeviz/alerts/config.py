@@ -1,0 +1,146 @@
+"""Every threshold of the alert rules, in one frozen object, and what the rules must know about the run.
+
+The defaults were set on two public models' loads and simulated (benchmarks/alerts.py). Bump `RULE_VERSION`
+with a change of meaning: it is stored with each alert, so that old runs are read as they were judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from moeviz.errors import MoevizError
+
+RULE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlertConfig:
+    """Thresholds of the rules. Loads are relative (1 = even share); durations count records, not steps."""
+
+    raise_after: int = 10
+    """A condition must hold this many records in a row to raise an alert."""
+    clear_after: int = 50
+    """The looser clear condition must hold this many records in a row to clear it."""
+    arm_after: int = 50
+    """Records that the statistics see before any load rule judges."""
+    startup_steps: int = 300
+    """Until this step (or `startup_warmups` learning-rate warm-ups) load alerts are capped at warning."""
+    startup_warmups: float = 3.0
+    update_every: int = 50
+    """An open alert reports a worse peak or other experts at most this often."""
+
+    window_min: int = 20
+    """Shortest smoothing window of the loads; small batches get a longer one."""
+    design_effect_prior: float = 4.0
+    """Design effect that the window is planned for."""
+    noise_window: int = 50
+    """Smoothing window of the estimated design effect."""
+    guard_sd: float = 3.0
+    """A smoothed load must be this many of its standard deviations below a line to count as below."""
+
+    starved_cap: float = 0.4
+    starved_scale: float = 1.2
+    """EXPERT_STARVED below min(cap, scale / sqrt(E)) of an even share."""
+    starved_clear: float = 1.25
+    """... and cleared above this multiple of that line."""
+    dead_line: float = 0.02
+    dead_clear: float = 0.1
+    dead_assignments: float = 140.0
+    """EXPERT_DEAD judges once an even share would have brought this many assignments."""
+    skew_excess: float = 0.5
+    skew_util: float = 0.6
+    """LOAD_SKEW above this excess coverage v or below this effective utilisation u."""
+    skew_clear_excess: float = 0.4
+    skew_clear_util: float = 0.7
+    collapse_excess: float = 0.8
+    collapse_util: float = 0.3
+    collapse_clear_excess: float = 0.5
+    collapse_clear_util: float = 0.6
+    collapse_dead_share: float = 0.25
+    """ROUTING_COLLAPSE also when this share of the experts (at least two) is dead."""
+
+    drift_baseline: int = 200
+    """Records whose median entropy gap is the baseline of LOAD_DRIFT."""
+    drift_limit: float = 25.0
+    drift_slack: float = 1.0
+    drift_clip: float = 6.0
+    """CUSUM of the entropy gap in robust standard deviations: alarm line, allowance, largest single step."""
+    drift_util_drop: float = 0.05
+    """LOAD_DRIFT also needs the utilisation to have fallen this far below its baseline."""
+    swing_autocorr: float = -0.4
+    swing_clear_autocorr: float = -0.2
+    swing_amplitude: float = 3.0
+    swing_clear_amplitude: float = 2.0
+    """BIAS_OSCILLATION: lag-1 autocorrelation of the loads, and swing in sampling standard deviations."""
+
+    bias_scores: float = 0.5
+    bias_clear_scores: float = 0.4
+    bias_logits: float = 3.0
+    """BIAS_SATURATED: span of the bias in score units, or in multiples of the rms of the logits."""
+    bias_after: int = 50
+    drop_excess: float = 0.01
+    drop_error: float = 0.1
+    """TOKENS_DROPPED: warning above a balanced router's drops plus this, error above that."""
+    lse_warning: float = 15.0
+    lse_critical: float = 30.0
+    lse_clear: float = 0.7
+    logit_growth: float = 2.0
+    """ROUTER_LOGITS: also when the z-loss is past twice (ln E)^2 and grew by this factor ..."""
+    logit_growth_steps: int = 500
+    logit_growth_share: float = 0.05
+    """... within this many steps or this share of the planned ones, whichever is longer."""
+    hard_entropy: float = 0.1
+    hard_clear_entropy: float = 0.15
+    hard_share: float = 0.1
+    hard_after: int = 50
+    """ROUTER_HARDENED: routing entropy below the line within this share of the planned steps."""
+
+    spike_window: int = 128
+    spike_sd: float = 6.0
+    spike_share: float = 0.02
+    spike_clear_after: int = 5
+    """LOSS_SPIKE: standard deviations above the rolling mean, and share above the rolling median."""
+    diverge_window: int = 50
+    diverge_share: float = 0.02
+    diverge_se: float = 4.0
+    diverge_after: int = 100
+    """LOSS_DIVERGING: smoothed loss above its best by max(share, standard errors) for this long."""
+    explode_window: int = 20
+    explode_history: int = 1000
+    explode_recent: int = 50
+    explode_factor: float = 5.0
+    explode_clear: float = 2.0
+    explode_after: int = 20
+    """GRAD_EXPLOSION: smoothed gradient norm over the median of the history without its most recent part."""
+    explode_clip: float = 10.0
+    explode_clip_after: int = 50
+    """... or over this multiple of the clipping norm for this long."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name != "swing_autocorr" and item.name != "swing_clear_autocorr" and value < 0:
+                raise MoevizError(f"{item.name}={value} is negative; thresholds of alerts are 0 or more")
+        if self.raise_after < 1 or self.clear_after < 1:
+            raise MoevizError(
+                f"raise_after={self.raise_after}, clear_after={self.clear_after}: both must be at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What some rules must know about the run; a rule that misses its number does not judge."""
+
+    planned_steps: int | None = None
+    warmup_steps: int = 0
+    """Learning-rate warm-up, which lengthens the start-up window."""
+    grad_clip: float | None = None
+    """Norm that gradients are clipped to."""
+    capacity_factor: float | None = None
+    """Where it is not given it is read off the drops."""
+    bias_step: float | None = None
+    """u of the loss-free balancing rule; where it is not given it is read off the bias."""
+
+    def startup_end(self, config: AlertConfig) -> int:
+        """First step at which load alerts keep their full severity."""
+        return int(max(config.startup_steps, config.startup_warmups * self.warmup_steps))

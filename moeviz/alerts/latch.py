@@ -1,0 +1,52 @@
+"""Persistence and hysteresis for many yes/no conditions at once.
+
+A condition that holds P records in a row raises; a second, looser one that holds Q in a row clears. Between
+the two nothing changes, because the dynamics of routing have hysteresis themselves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class Latch:
+    """One on/off state for each of R rules and L layers."""
+
+    def __init__(self, raise_after_R: np.ndarray, clear_after_R: np.ndarray, num_layers: int) -> None:
+        """Start off. `raise_after_R` and `clear_after_R` are P and Q of each rule, in records."""
+        shape = (len(raise_after_R), num_layers)
+        self._raise_after_R1 = np.asarray(raise_after_R)[:, None]
+        self._clear_after_R1 = np.asarray(clear_after_R)[:, None]
+        self._held_RL = np.zeros(shape, dtype=np.int64)
+        self._calm_RL = np.zeros(shape, dtype=np.int64)
+        self.active_RL = np.zeros(shape, dtype=bool)
+        self.since_RL = np.full(shape, -1, dtype=np.int64)
+        """Step at which the raise condition last began to hold."""
+
+    @property
+    def holding_RL(self) -> np.ndarray:
+        """Where the raise condition held on the last judged record."""
+        return self._held_RL > 0
+
+    def update(
+        self, raise_RL: np.ndarray, clear_RL: np.ndarray, judged_RL: np.ndarray, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Feed one record.
+
+        Returns the indices (rule, layer) that were raised and those that were cleared, int [n, 2].
+
+        Where `judged_RL` is false (not armed, nothing recorded) the counters stand still.
+        """
+        held_RL = np.where(judged_RL, np.where(raise_RL, self._held_RL + 1, 0), self._held_RL)
+        calm_RL = np.where(judged_RL, np.where(clear_RL & ~raise_RL, self._calm_RL + 1, 0), self._calm_RL)
+        self.since_RL[(held_RL == 1) & (self._held_RL == 0)] = step
+        self._held_RL, self._calm_RL = held_RL, calm_RL
+        raised_RL = ~self.active_RL & (held_RL >= self._raise_after_R1)
+        cleared_RL = self.active_RL & (calm_RL >= self._clear_after_R1)
+        self.active_RL = (self.active_RL | raised_RL) & ~cleared_RL
+        return np.argwhere(raised_RL), np.argwhere(cleared_RL)
+
+    def reset(self, rule: int, layer: int, *, active: bool = False) -> None:
+        """Forget what one condition counted, and set its state."""
+        self._held_RL[rule, layer] = self._calm_RL[rule, layer] = 0
+        self.active_RL[rule, layer] = active

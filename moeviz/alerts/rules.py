@@ -1,0 +1,189 @@
+"""What each alert means and what to do about it: one row per rule, with the words that people read.
+
+`message` and `remedy` are templates over the facts that the detectors collect when a rule fires. Thresholds
+live in `AlertConfig`, the conditions in `load_rules`, `router_rules` and `scalar_rules`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moeviz.alerts.config import RULE_VERSION
+from moeviz.records import Severity
+
+SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error", "critical")
+"""From mild to grave."""
+
+_BALANCE = (
+    "If it lasts: raise the weight of the auxiliary loss 2 to 3 times, or the bias "
+    "step u; check that the router gets gradient and that the weight is not divided by layers or by k."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One alert rule."""
+
+    id: str
+    title: str
+    severity: Severity
+    escalated: Severity | None = None
+    """Severity once the second, harder line of the rule is crossed."""
+    watches: str
+    """What `AlertRecord.value` is, in words and units."""
+    worse: Literal["higher", "lower"] = "higher"
+    startup_capped: bool = False
+    """Whether it is capped at warning while a run starts, when imbalance is normal."""
+    message: str
+    remedy: str
+    version: int = RULE_VERSION
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        id="EXPERT_STARVED",
+        title="Expert starved",
+        severity="warning",
+        watches="smallest smoothed load, × even share",
+        worse="lower",
+        startup_capped=True,
+        message="Expert {lowest}, layer {layer} gets {lowest_share:.2%} of the assignments ({value:.2f}× "
+        "an even share; alert line {threshold:.2f}×){others}.",
+        remedy="Often heals in the first few hundred steps. " + _BALANCE,
+    ),
+    Rule(
+        id="EXPERT_DEAD",
+        title="Expert dead",
+        severity="error",
+        watches="smallest smoothed load, × even share",
+        worse="lower",
+        startup_capped=True,
+        message="Expert {lowest}, layer {layer} is effectively unused since step {since}{others}.",
+        remedy="It receives almost no gradient: only the balance term can bring it back, which usually "
+        "takes 100 to 300 steps. Restart from a checkpoint before step {since} with stronger balancing, "
+        "or set its router row to the mean of the others plus noise.",
+    ),
+    Rule(
+        id="LOAD_SKEW",
+        title="Load skewed",
+        severity="warning",
+        watches="concentration of the load, × alert line",
+        startup_capped=True,
+        message="Layer {layer} uses {n_eff:.1f} of {num_experts} experts; expert {busiest} serves "
+        "{busiest_coverage:.0%} of the tokens.",
+        remedy="Usual in the first hundred steps. " + _BALANCE,
+    ),
+    Rule(
+        id="ROUTING_COLLAPSE",
+        title="Routing collapsed",
+        severity="critical",
+        watches="concentration of the load, × alert line",
+        startup_capped=True,
+        message="Routing in layer {layer} has collapsed to about {n_eff:.1f} of {num_experts} experts.",
+        remedy="The loss will not show this. Stop; lower the learning rate or lengthen its warm-up, "
+        "balance from step 0, add a z-loss of 1e-3, start the router smaller.",
+    ),
+    Rule(
+        id="LOAD_DRIFT",
+        title="Balance drifting",
+        severity="info",
+        watches="CUSUM of the entropy gap, robust standard deviations",
+        message="Load balance in layer {layer} has been getting worse since about step {since}.",
+        remedy="Healthy late training also relaxes its balance: look at the loss and at specialisation "
+        "first.",
+    ),
+    Rule(
+        id="BIAS_OSCILLATION",
+        title="Loads oscillate",
+        severity="warning",
+        watches="swing from step to step, × sampling noise",
+        message="Loads in layer {layer} swing from step to step by {value:.1f}× their noise: the bias "
+        "step{bias_step} is too large for this batch.",
+        remedy="Divide u by 3 to 10, or update the bias on the counts of several batches.",
+    ),
+    Rule(
+        id="BIAS_SATURATED",
+        title="Balance bias saturated",
+        severity="warning",
+        watches="span of the balance bias, score units (or × rms logit)",
+        message="The balance bias of layer {layer} outweighs its scores: it spans {value:.2f} (alert line "
+        "{threshold:.2f}){bias_lead}.",
+        remedy="The router's logits outgrow the bias: add a z-loss or weight decay on the router, raise "
+        "u early.",
+    ),
+    Rule(
+        id="TOKENS_DROPPED",
+        title="Tokens dropped",
+        severity="warning",
+        escalated="error",
+        watches="share of the assignments that were dropped",
+        startup_capped=True,
+        message="Layer {layer} drops {value:.1%} of its assignments; a balanced router would drop "
+        "{expected_drop:.1%}.",
+        remedy="Raise the capacity factor to 1.25 or more, or train without a capacity limit.",
+    ),
+    Rule(
+        id="ROUTER_LOGITS",
+        title="Router logits grow",
+        severity="warning",
+        escalated="critical",
+        watches="rms logsumexp of the router's logits",
+        message="Router logits of layer {layer} grow: logsumexp {value:.1f} (alert line "
+        "{threshold:.1f}). In bfloat16 they would be rounded to {rounding:.2g}.",
+        remedy="Keep the router in float32, add a z-loss of 1e-3, lower the learning rate.",
+    ),
+    Rule(
+        id="ROUTER_HARDENED",
+        title="Router decided early",
+        severity="info",
+        watches="routing entropy / ln E",
+        worse="lower",
+        message="The router of layer {layer} has already decided: routing entropy {value:.2f} of its "
+        "maximum at {progress:.0%} of the run.",
+        remedy="Specialisation may freeze. Lower the router's learning rate or its initialisation.",
+    ),
+    Rule(
+        id="LOSS_SPIKE",
+        title="Loss spike",
+        severity="warning",
+        watches="standard deviations above the rolling mean",
+        message="Spike of {name} at step {step}: {level:.4g}, {value:.1f} standard deviations above its "
+        "rolling mean.",
+        remedy="Inspect that batch. A single spike needs nothing; repeated ones call for a lower "
+        "learning rate.",
+    ),
+    Rule(
+        id="LOSS_DIVERGING",
+        title="Loss diverging",
+        severity="error",
+        watches="smoothed loss above its best, relative",
+        message="The loss has risen {value:.1%} above its best, for {lasting} steps.",
+        remedy="Go back to a checkpoint near step {since}, lower the learning rate, look at the data of "
+        "those steps.",
+    ),
+    Rule(
+        id="GRAD_EXPLOSION",
+        title="Gradients explode",
+        severity="error",
+        watches="smoothed gradient norm, × its usual level",
+        message="The gradient norm {level:.3g} is {value:.1f}× {usual}.",
+        remedy="Lower the learning rate or lengthen the warm-up; clip gradients; look for router logits "
+        "that grow.",
+    ),
+    Rule(
+        id="NONFINITE",
+        title="Not a number",
+        severity="critical",
+        watches="values that are NaN or infinite",
+        message="{name} is not finite at step {step}{where}.",
+        remedy="Stop: the weights may be poisoned. Restart from the last checkpoint before step {step} "
+        "with a lower learning rate; keep router and loss in float32.",
+    ),
+)
+_BY_ID = {rule.id: rule for rule in RULES}
+
+
+def rule(rule_id: str) -> Rule:
+    """The rule with this id. Raises KeyError for an unknown one."""
+    return _BY_ID[rule_id]

@@ -1,0 +1,144 @@
+"""Smoothed loads and their noise, for all layers at once: what the load rules judge instead of single steps.
+
+A step is a small sample of correlated tokens, so a fixed line on single steps fires thousands of times on
+healthy runs. Kept here per layer: an exponential average of the relative loads, an estimate of the design
+effect D that a drift cannot inflate (von Neumann's successive differences), the swing from step to step, and
+a CUSUM of the load entropy. L layers, E experts; columns past a layer's own number of experts are padding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeviz.alerts.config import AlertConfig
+from moeviz.metrics import load, noise
+
+_OUTLIER = 10.0
+"""One difference counts as at most this many times its expected square: a jump is not noise."""
+
+
+class LoadStatistics:
+    """Running statistics of L layers. Call `update` once a record; read the attributes afterwards."""
+
+    def __init__(self, num_experts_L: np.ndarray, top_k_L: np.ndarray, config: AlertConfig) -> None:
+        self.num_experts_L = num_experts_L
+        self.top_k_L = top_k_L
+        self._config = config
+        layers, width = len(num_experts_L), int(num_experts_L.max(initial=1))
+        self._mask_LE = load.expert_mask(num_experts_L, width)
+        self.starved_line_L = load.starved_line(
+            num_experts_L, cap=config.starved_cap, scale=config.starved_scale
+        )
+        self.seen_L = np.zeros(layers, dtype=np.int64)
+        """Records with assignments so far."""
+        self.assignments_L = np.zeros(layers)
+        """N k of the last record."""
+        self.even_total_L = np.zeros(layers)
+        """Assignments that an even share would have brought each expert so far."""
+        self.mean_LE = np.zeros((layers, width))
+        """Smoothed relative load m; 1 is even."""
+        self.window_L = np.full(layers, float(config.window_min))
+        """Smoothing window W in records."""
+        self.design_effect_L = np.ones(layers)
+        self.swing_L = np.zeros(layers)
+        """Root mean square over experts of the load's distance from its average."""
+        self.swing_noise_L = np.zeros(layers)
+        """What sampling alone makes of `swing_L`."""
+        self.autocorr_L = np.zeros(layers)
+        """Lag-1 autocorrelation of that distance, pooled over experts: -1 when loads alternate."""
+        self._rel_LE = np.zeros((2, layers, width))
+        self._gap_LE = np.zeros((layers, width))
+        self._square_LE = np.zeros((layers, width))
+        self._square2_L, self._swing2_L, self._covariance_L = np.zeros((3, layers))
+
+    def update(self, counts_LE: np.ndarray) -> None:
+        """Take in the assignment counts of one record. Layers without assignments keep their state."""
+        self.assignments_L = np.asarray(counts_LE).sum(axis=-1).astype(np.float64)
+        fresh_L = self.assignments_L > 0
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rel_LE = counts_LE * (self.num_experts_L / self.assignments_L)[:, None]
+        if not fresh_L.all():
+            rel_LE = np.where(fresh_L[:, None], rel_LE, self._rel_LE[0])
+        self.seen_L += fresh_L
+        self.even_total_L += self.assignments_L / self.num_experts_L
+        self._smooth(rel_LE, fresh_L)
+
+    def _smooth(self, rel_LE: np.ndarray, fresh_L: np.ndarray) -> None:
+        config = self._config
+        even_L = np.maximum(self.assignments_L, 1) / self.num_experts_L
+        planned_L = np.ceil(64 * config.design_effect_prior / (even_L * self.starved_line_L))
+        self.window_L = np.where(fresh_L, np.maximum(config.window_min, planned_L), self.window_L)
+        gap_LE = np.where(self.seen_L[:, None] > 1, rel_LE - self.mean_LE, 0.0)
+        weight_L = self._weight(self.window_L, fresh_L)
+        self.mean_LE += weight_L[:, None] * (rel_LE - self.mean_LE)
+        # A gap before the mean has settled would count as a swing.
+        swinging_L = fresh_L & (self.seen_L > config.window_min // 2)
+        self._swing(gap_LE, np.where(swinging_L, 2 / (self.window_L + 1), 0.0))
+        self._noise(rel_LE, even_L, fresh_L)
+        self._gap_LE = gap_LE
+        self._rel_LE = np.stack([rel_LE, self._rel_LE[0]])
+
+    def _weight(self, window_L: np.ndarray, fresh_L: np.ndarray, lag: int = 0) -> np.ndarray:
+        """Weight of the newest record: a plain mean until the window is full, exponential from then on."""
+        seen_L = np.maximum(self.seen_L - lag, 1)
+        return np.where(fresh_L & (self.seen_L > lag), np.maximum(2 / (window_L + 1), 1 / seen_L), 0.0)
+
+    def _swing(self, gap_LE: np.ndarray, weight_L: np.ndarray) -> None:
+        self._swing2_L += weight_L * (np.einsum("le,le->l", gap_LE, gap_LE) - self._swing2_L)
+        self._covariance_L += weight_L * (np.einsum("le,le->l", gap_LE, self._gap_LE) - self._covariance_L)
+        self.swing_L = np.sqrt(self._swing2_L / self.num_experts_L)
+        self.autocorr_L = self._covariance_L / np.maximum(self._swing2_L, 1e-30)
+
+    def _noise(self, rel_LE: np.ndarray, even_L: np.ndarray, fresh_L: np.ndarray) -> None:
+        """Estimate D twice.
+
+        From lag 1, a median over experts, and from lag 2, which an alternation cannot inflate.
+        """
+        window_L = np.maximum(self._config.noise_window, self.window_L)
+        steady_LE = np.clip(self.mean_LE, self.starved_line_L[:, None], None)
+        variance_LE = self._variance(steady_LE, even_L) + ~self._mask_LE
+        square_LE = (rel_LE - self._rel_LE[0]) ** 2 / (2 * variance_LE)
+        np.minimum(
+            square_LE, _OUTLIER * self.design_effect_L[:, None], out=square_LE, where=self._settled()[:, None]
+        )
+        self._square_LE += self._weight(window_L, fresh_L, lag=1)[:, None] * (square_LE - self._square_LE)
+        square2_L = ((rel_LE - self._rel_LE[1]) ** 2).sum(axis=-1) / (
+            2 * (variance_LE * self._mask_LE).sum(axis=-1)
+        )
+        self._square2_L += self._weight(window_L, fresh_L, lag=2) * (square2_L - self._square2_L)
+        estimate_L = np.minimum(self._median(self._square_LE), self._square2_L)
+        self.design_effect_L = np.where(self.seen_L > 2, np.maximum(estimate_L, 1), 1.0)
+        mean_variance_L = (variance_LE * self._mask_LE).sum(axis=-1) / self.num_experts_L
+        self.swing_noise_L = np.sqrt(self.design_effect_L * mean_variance_L)
+
+    def _settled(self) -> np.ndarray:
+        return self.seen_L > self._config.window_min
+
+    def _variance(self, rel_LE: np.ndarray, even_L: np.ndarray) -> np.ndarray:
+        cover_LE = rel_LE * (self.top_k_L / self.num_experts_L)[:, None]
+        return rel_LE * np.maximum(1 - cover_LE, 1e-3) / even_L[:, None]
+
+    def _median(self, values_LE: np.ndarray) -> np.ndarray:
+        """Median over the experts of each layer; padding sorts last."""
+        ordered_LE = np.sort(np.where(self._mask_LE, values_LE, np.inf), axis=-1)
+        rows_L = np.arange(len(ordered_LE))
+        low_L, high_L = (
+            ordered_LE[rows_L, (self.num_experts_L - 1) // 2],
+            ordered_LE[rows_L, self.num_experts_L // 2],
+        )
+        return (low_L + high_L) / 2
+
+    def mean_sd(self, rel: np.ndarray) -> np.ndarray:
+        """Standard deviation of a smoothed load m = `rel` [L] of each layer."""
+        tokens_L = np.maximum(self.assignments_L, 1) / self.top_k_L
+        variance_L = noise.load_rel_var(rel, tokens_L, self.top_k_L, self.num_experts_L, self.design_effect_L)
+        return np.sqrt(np.maximum(variance_L, 0) / self.window_L)
+
+    @property
+    def smooth_share_LE(self) -> np.ndarray:
+        """Smoothed load shares, rows sum to 1."""
+        return self.mean_LE / self.num_experts_L[:, None]
+
+    def experts_below(self, line_L: np.ndarray | float) -> np.ndarray:
+        """bool [L, E]: experts whose smoothed load is below the line of their layer."""
+        return (self.mean_LE < np.broadcast_to(line_L, self.num_experts_L.shape)[:, None]) & self._mask_LE

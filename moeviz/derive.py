@@ -1,0 +1,163 @@
+"""A Sink that adds what follows from the records: metrics and alerts of every step.
+
+Everything else passes through.
+
+It stands between the probe and whatever writes. It never changes a record, and never loses one: the record
+goes on first, and a failure in the derivation is counted and logged once, because a wrong chart must not cost
+a training run. Only the training mixture may be fed here: an evaluation set, or one domain alone, looks like
+collapse.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+
+from moeviz.alerts import AlertConfig, RouterDetector, RunPlan, ScalarDetector
+from moeviz.metrics import layer_shapes, live_metrics, load
+from moeviz.records import AlertRecord, LoadRecord, MetricRecord, ModelInfo, Record, ScalarRecord, Sink
+
+_log = logging.getLogger(__name__)
+
+_BLOCKS = 10
+"""Blocks of the window of `maxvio_global`."""
+
+
+class AccumulatedLoad:
+    """Counts of about the last `window` records, in blocks, so that it costs one addition a record."""
+
+    def __init__(self, window: int) -> None:
+        self._block_records = max(window // _BLOCKS, 1)
+        self._blocks: list[np.ndarray] = []
+        self._records = 0
+
+    def add(self, counts_LE: np.ndarray) -> np.ndarray:
+        """Add the counts of a record; returns the sum over the window, int64 [L, E]."""
+        if self._records % self._block_records == 0:
+            self._blocks = [*self._blocks[-_BLOCKS + 1 :], np.zeros_like(counts_LE, dtype=np.int64)]
+            self._older_LE = np.sum(self._blocks, axis=0)
+        self._blocks[-1] += counts_LE
+        self._records += 1
+        return self._older_LE + self._blocks[-1]
+
+
+class DeriveSink:
+    """Derives a MetricRecord and AlertRecords from each LoadRecord, AlertRecords from each ScalarRecord."""
+
+    def __init__(
+        self,
+        inner: Sink,
+        info: ModelInfo,
+        *,
+        plan: RunPlan | None = None,
+        config: AlertConfig | None = None,
+        global_window: int = 200,
+        on_alert: Callable[[AlertRecord], None] | None = None,
+    ) -> None:
+        """Wrap `inner`.
+
+        Args:
+            inner: where all records go.
+            info: the watched model; its layers are the rows of every LoadRecord.
+            plan: what the alert rules should know about the run (planned steps, warm-up, clipping, capacity).
+            config: thresholds of the alert rules.
+            global_window: records over which `maxvio_global` accumulates counts.
+            on_alert: called with every transition of an alert, for example to print it in the training
+                terminal.
+        """
+        self._inner, self._on_alert = inner, on_alert
+        self._shapes = layer_shapes(info)
+        self._routers = RouterDetector(info, config, plan)
+        self._scalars = ScalarDetector(config, plan)
+        self._global_window = global_window
+        self._accumulated = AccumulatedLoad(global_window)
+        self._last_step: dict[type, int] = {}
+        self.failures = 0
+        """Records that nothing could be derived from, because the derivation raised."""
+
+    @property
+    def open_alerts(self) -> tuple[AlertRecord, ...]:
+        """Latest state of every open episode."""
+        return self._routers.episodes.open_alerts + self._scalars.episodes.open_alerts
+
+    def write(self, record: Record) -> None:
+        """Pass `record` on, then write what follows from it. Raises only what `inner` raises."""
+        self._inner.write(record)
+        for derived in self._derive(record):
+            self._inner.write(derived)
+
+    def flush(self) -> None:
+        self._inner.flush()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def replay(self, records: Iterable[Record], open_alerts: Iterable[AlertRecord] = ()) -> None:
+        """Rebuild the state of an earlier attempt of the run without writing anything.
+
+        Args:
+            records: LoadRecords and ScalarRecords before the step that training resumes at, oldest first.
+                About 500 are enough to arm every rule and to fill every window but that of LOAD_DRIFT's
+                baseline.
+            open_alerts: latest states of the episodes that were open then.
+        """
+        for record in records:
+            self._derive(record, silent=True)
+        alerts = tuple(open_alerts)
+        self._routers.restore(alerts)
+        self._scalars.restore(alerts)
+
+    def _derive(self, record: Record, *, silent: bool = False) -> list[Record]:
+        try:
+            if isinstance(record, LoadRecord):
+                derived = self._from_loads(record)
+            elif isinstance(record, ScalarRecord):
+                derived = [*self._rewound(record, self._scalars), *self._scalars.observe(record)]
+            else:
+                return []
+            if not silent:
+                self._announce(derived)
+            return derived
+        except Exception:
+            self.failures += 1
+            if self.failures == 1:
+                kind, step = type(record).__name__, getattr(record, "step", -1)
+                _log.exception("no metrics or alerts derived from the %s of step %d", kind, step)
+            return []
+
+    def _from_loads(self, record: LoadRecord) -> list[Record]:
+        if record.tokens <= 0:
+            return []
+        alerts = self._rewound(record, self._routers)
+        statistics = self._routers.statistics
+        live = live_metrics(record, *self._shapes, statistics.design_effect_L)
+        alerts += self._routers.observe(record, live)
+        share_LE = load.load_share(self._accumulated.add(record.counts_LE))
+        live["maxvio_global"] = load.maxvio(share_LE, self._shapes[0])
+        live["design_effect"] = statistics.design_effect_L
+        live["n_starved"], live["n_dead"] = self._routers.n_starved_L, self._routers.n_dead_L
+        values = {name: np.asarray(value_L, dtype=np.float32) for name, value_L in live.items()}
+        return [MetricRecord(step=record.step, values=values), *alerts]
+
+    def _rewound(self, record: LoadRecord | ScalarRecord, detector: _Detector) -> list[AlertRecord]:
+        """Close what belongs to steps that training went back behind (a checkpoint was loaded)."""
+        last = self._last_step.get(type(record), -1)
+        self._last_step[type(record)] = record.step
+        if record.step >= last:
+            return []
+        if isinstance(record, LoadRecord):
+            self._accumulated = AccumulatedLoad(self._global_window)
+        return detector.rewind(record.step, last)
+
+    def _announce(self, derived: list[Record]) -> None:
+        if self._on_alert is not None:
+            for record in derived:
+                if isinstance(record, AlertRecord):
+                    self._on_alert(record)
+
+
+class _Detector(Protocol):
+    def rewind(self, step: int, last_step: int) -> list[AlertRecord]: ...
