@@ -78,7 +78,9 @@ def _(record: LoadRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     yield _rows("expert_load", columns, num_layers)
     others = {name: sums for name, sums in record.token_sums.items() if name not in MEANS}
     if others:
-        values = {name: np.asarray(sums_L, dtype=np.float64) / tokens for name, sums_L in others.items()}
+        values = {
+            f"mean/{name}": np.asarray(sums_L, dtype=np.float64) / tokens for name, sums_L in others.items()
+        }
         yield _metric_rows(record.step, values)
 
 

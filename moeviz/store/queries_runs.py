@@ -11,6 +11,7 @@ import pandas as pd
 
 from moeviz.errors import MoevizError
 from moeviz.live import RunState
+from moeviz.metrics.load import load_entropy, load_share
 from moeviz.store.catalog import find_runs
 from moeviz.store.queries_loads import last_step, load_matrix
 from moeviz.store.queries_series import alerts
@@ -120,9 +121,5 @@ def _summary(path: Path) -> dict[str, Any]:
 
 def _worst_entropy(loads: pd.DataFrame) -> float:
     """Smallest normalised entropy of the load over layers, 0 to 1; NaN without loads."""
-    if loads.empty:
-        return float("nan")
-    share = loads["share"].to_numpy(dtype=np.float64)
-    terms = np.where(share > 0, -share * np.log(np.where(share > 0, share, 1)), 0.0)
-    by_layer = pd.Series(terms).groupby(loads["layer"].to_numpy()).agg(["sum", "size"])
-    return float((by_layer["sum"] / np.log(np.maximum(by_layer["size"], 2))).min())
+    by_layer = [load_entropy(load_share(counts.to_numpy())) for _, counts in loads.groupby("layer")["count"]]
+    return float(np.nanmin(by_layer)) if by_layer else float("nan")

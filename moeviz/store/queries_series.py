@@ -123,3 +123,14 @@ def events(store: Store) -> pd.DataFrame:
     return store.frame(
         lambda: f"SELECT step, rank, ts, kind, detail FROM {store.source('events')} ORDER BY ts, step"
     )
+
+
+def dropped_samples(store: Store) -> int:
+    """How many samples the recorder gave up so far because training was faster than the disk."""
+    value = store.frame(
+        lambda: (
+            f"""SELECT sum((detail->>'samples')::BIGINT) AS dropped FROM {store.source("events")}
+        WHERE kind = 'dropped_samples'"""
+        )
+    )["dropped"].iloc[0]
+    return 0 if pd.isna(value) else int(value)

@@ -54,7 +54,7 @@ MEANS = {
     "confidence": "confidence",
     "margin": "margin",
 }
-"""Name in `LoadRecord.token_sums` -> column of expert_load with its mean; other names go to `metrics`."""
+"""Name in `LoadRecord.token_sums` -> column of expert_load with its mean; others: `metrics` as mean/NAME."""
 
 EXPERT_LOAD = Table(
     "expert_load",
