@@ -44,12 +44,10 @@ def look(statistics: LoadStatistics, config: AlertConfig) -> LoadView:
     """Summarise the smoothed loads of every layer."""
     share_LE, width_L, top_k_L = statistics.smooth_share_LE, statistics.num_experts_L, statistics.top_k_L
     n_eff_L = load.n_eff(share_LE)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        util_L = np.where(width_L > top_k_L, (n_eff_L - top_k_L) / (width_L - top_k_L), np.nan)
     return LoadView(
         lowest_L=load.min_load(share_LE, width_L),
         n_eff_L=n_eff_L,
-        util_L=util_L,
+        util_L=load.utilisation(n_eff_L, top_k_L, width_L),
         excess_L=load.excess_cov(share_LE, top_k_L, width_L),
         dead_L=statistics.experts_below(config.dead_line).sum(axis=-1),
     )

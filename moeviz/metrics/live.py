@@ -13,7 +13,7 @@ from moeviz.metrics import capacity, load, losses, noise
 from moeviz.records import LoadRecord, ModelInfo
 
 _MEANS = {"lse_squared": "z_loss", "confidence": "route_conf", "margin": "margin"}
-"""Sum over tokens -> name of its mean. `entropy_nats` is normalised below; other sums keep their name."""
+"""Sum over tokens -> name of its mean. `entropy_nats` is normalised below."""
 
 
 def layer_shapes(info: ModelInfo) -> tuple[np.ndarray, np.ndarray]:
@@ -57,11 +57,13 @@ def _balance(
 ) -> dict[str, np.ndarray]:
     cv2_L = load.load_cv2(share_LE, num_experts_L)
     shape = (tokens, top_k_L, num_experts_L, design_effect_L)
+    entropy_L = load.entropy_nats(share_LE)
+    n_eff_L = np.exp(entropy_L)
     return {
-        "load_entropy": load.load_entropy(share_LE, num_experts_L),
-        "n_eff": load.n_eff(share_LE),
+        "load_entropy": load.normalised_entropy(entropy_L, num_experts_L),
+        "n_eff": n_eff_L,
         "n_eff2": load.n_eff2(share_LE),
-        "eff_util": load.eff_util(share_LE, top_k_L, num_experts_L),
+        "eff_util": load.utilisation(n_eff_L, top_k_L, num_experts_L),
         "load_cv": np.sqrt(cv2_L),
         "cv2_excess": noise.cv2_excess(cv2_L, *shape),
         "load_imbalance": load.load_imbalance(share_LE, num_experts_L),
@@ -77,12 +79,11 @@ def _decisions(record: LoadRecord, share_LE: np.ndarray, num_experts_L: np.ndarr
     means = {
         name: np.asarray(total, dtype=np.float64) / record.tokens for name, total in record.token_sums.items()
     }
-    values = {_MEANS.get(name, name): mean_L for name, mean_L in means.items() if name != "entropy_nats"}
+    values = {_MEANS[name]: mean_L for name, mean_L in means.items() if name in _MEANS}
     if "z_loss" in values:
         values["lse_rms"] = losses.lse_rms(values["z_loss"])
     if "entropy_nats" in means:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values["route_entropy"] = means["entropy_nats"] / np.log(num_experts_L)
+        values["route_entropy"] = load.normalised_entropy(means["entropy_nats"], num_experts_L)
     if record.prob_sum_LE is not None:
         mean_prob_LE = record.prob_sum_LE.astype(np.float64) / record.tokens
         values["aux_switch"] = losses.aux_switch(share_LE, mean_prob_LE, num_experts_L)

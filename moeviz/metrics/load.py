@@ -110,8 +110,13 @@ def entropy_nats(share_LE: np.ndarray) -> np.ndarray:
 
 def load_entropy(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Load entropy H / ln E: 1 even, ln k / ln E collapsed. NaN for a layer of one expert."""
+    return normalised_entropy(entropy_nats(share_LE), _width(share_LE, num_experts))
+
+
+def normalised_entropy(nats_L: np.ndarray, num_experts: Experts) -> np.ndarray:
+    """An entropy over experts in units of its maximum, H / ln E: 0 to 1. NaN for one expert."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return entropy_nats(share_LE) / np.log(_width(share_LE, num_experts))
+        return nats_L / np.log(num_experts)
 
 
 def n_eff(share_LE: np.ndarray) -> np.ndarray:
@@ -129,9 +134,14 @@ def eff_util(share_LE: np.ndarray, top_k: Experts, num_experts: Experts | None =
 
     NaN where E = k: a layer that uses all its experts has nothing to balance.
     """
-    width_L, top_k_L = _width(share_LE, num_experts), np.asarray(top_k, dtype=np.float64)
+    return utilisation(n_eff(share_LE), top_k, _width(share_LE, num_experts))
+
+
+def utilisation(n_eff_L: np.ndarray, top_k: Experts, num_experts: Experts) -> np.ndarray:
+    """`eff_util` of a known effective number of experts: (n_eff - k) / (E - k), NaN where E = k."""
+    free_L = np.asarray(num_experts, dtype=np.float64) - top_k
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(width_L > top_k_L, (n_eff(share_LE) - top_k_L) / (width_L - top_k_L), np.nan)
+        return np.where(free_L > 0, (n_eff_L - top_k) / free_L, np.nan)
 
 
 def excess_cov(share_LE: np.ndarray, top_k: Experts, num_experts: Experts | None = None) -> np.ndarray:
