@@ -1,7 +1,7 @@
 """The product of MoE layers: rows sorted by expert, each block of rows times the matrix of its expert.
 
 Two back ends, chosen per call. `F.grouped_mm` takes bfloat16 anywhere and float32 outside of compilation.
-Everything else (float32 under torch.compile, float64, widths that the CUDA kernel cannot align) runs in one
+Everything else (float32 under torch.compile, float64, widths that its kernel cannot align) runs in one
 op of our own, a loop of products into slices of one result: opaque to the compiler, and linear in the
 number of experts. Writing `weights[e]` in a loop under autograd is not: each expert's backward would
 allocate the gradient of all of them.
@@ -34,16 +34,15 @@ def grouped_mm(x_NI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 def _takes_native(x_NI: Tensor, weights_EOI: Tensor) -> bool:
     """Whether torch's kernel accepts these operands (torch 2.11 to 2.13)."""
+    on_cpu = x_NI.device.type == "cpu"
     if x_NI.dtype == torch.float32:
-        # Its shape function knows bfloat16 only, so a compiler cannot trace through it; on CUDA it is a
-        # loop as well.
-        return x_NI.device.type == "cpu" and not torch.compiler.is_compiling()
-    if x_NI.dtype != torch.bfloat16:
-        return False
-    if x_NI.device.type != "cuda":
-        return True
-    aligned = x_NI.shape[-1] % 8 == 0 and weights_EOI.shape[-2] % 8 == 0
-    return aligned and torch.cuda.get_device_capability(x_NI.device) >= (8, 0)
+        # Its shape function knows bfloat16 only, so compilers cannot trace it; on CUDA it is a loop as well.
+        supported = on_cpu and not torch.compiler.is_compiling()
+    else:
+        supported = x_NI.dtype == torch.bfloat16
+    # Rows of operands and results must start at multiples of 16 bytes.
+    aligned = all(width * x_NI.element_size() % 16 == 0 for width in weights_EOI.shape[1:])
+    return supported and aligned and (on_cpu or torch.cuda.get_device_capability(x_NI.device) >= (8, 0))
 
 
 @torch.library.custom_op("moe_model::grouped_mm", mutates_args=())

@@ -81,7 +81,7 @@ def _fused_cross_entropy(
                 errors_TV = _logit_gradients(probs_TV, targets_T[rows], scale_T[rows]).to(hidden_TD.dtype)
                 torch.mm(errors_TV, weight_VD, out=grad_hidden_TD[rows])
                 _add_product(grad_weight_VD, errors_TV.t(), hidden_TD[rows])
-    ce = token_loss_T @ scale_T
+        ce = token_loss_T @ scale_T
     return ce, token_loss_T.masked_fill_(~valid_T, 0), grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype)
 
 
