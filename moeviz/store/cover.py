@@ -2,8 +2,8 @@
 
 A segment's name says what it holds: writer (rank, attempt and the step the attempt starts at), the range of
 that writer's flushes, the range of steps, the level of merging and the time from which it counts. Flush
-numbers, not
-steps, decide what covers what: two flushes may hold rows of the same step, but never the same row.
+numbers, not steps, decide what covers what: two flushes may hold rows of one step, but never the same row.
+Flush 0 is an empty file that announces an attempt; rows begin with flush 1.
 
     r0-a1.500-n3.18-s512.977-l1-1763786621123.parquet
 
@@ -88,7 +88,7 @@ def cover(names: Iterable[str], now: float) -> list[Covered]:
 def holes(names: Iterable[str], now: float) -> list[tuple[int, int, int, int]]:
     """Flushes that no file holds, as (rank, attempt, first, last): files that got lost on the way here."""
     found: list[tuple[int, int, int, int]] = []
-    writer, expected = (-1, -1), 0
+    writer, expected = (-1, -1), 1
     parsed = sorted(
         (n.rank, n.attempt, n.first_flush, n.last_flush)
         for text in names
@@ -96,7 +96,7 @@ def holes(names: Iterable[str], now: float) -> list[tuple[int, int, int, int]]:
     )
     for rank, attempt, first, last in parsed:
         if (rank, attempt) != writer:
-            writer, expected = (rank, attempt), 0
+            writer, expected = (rank, attempt), 1
         if first > expected:
             found.append((rank, attempt, expected, first - 1))
         expected = max(expected, last + 1)

@@ -72,6 +72,11 @@ class Listing:
             self.files = files
             self.revision += 1
 
+    @property
+    def readable(self) -> list[str]:
+        """Names of all whole files, also those that a merged one covers."""
+        return sorted(self._whole)
+
     def sql(self, first: int | None = None, last: int | None = None) -> str:
         """SQL to stand after FROM: the rows of the files that overlap steps first..last."""
         wanted = [
@@ -99,7 +104,11 @@ class Listing:
 
     def _parquet(self, names: list[SegmentName]) -> str:
         folder = str(self.folder).replace("'", "''")
-        return "read_parquet([" + ", ".join(f"'{folder}/{name}'" for name in names) + "])"
+        return (
+            "read_parquet(["
+            + ", ".join(f"'{folder}/{name}'" for name in names)
+            + "], hive_partitioning = false)"
+        )
 
     def _checked(self, names: list[str], thorough: bool) -> list[str]:
         whole: list[str] = []

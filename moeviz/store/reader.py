@@ -24,7 +24,7 @@ from moeviz.store.listing import Listing
 from moeviz.store.run import DATABASE_FILE, RUN_FILE, VOCAB_FILE, RunInfo, read_info
 from moeviz.store.sandbox import check_select, explain_error
 from moeviz.store.schema import TABLES, VOCAB_SCHEMA
-from moeviz.store.views import DECISIONS_SQL
+from moeviz.store.views import DECISIONS_SQL, quoted
 
 _T = TypeVar("_T")
 
@@ -135,6 +135,12 @@ class Store:
             known = self._listings[table].step_range()
             return None if known is None else known[1]
 
+    def segments(self, table: str) -> list[str]:
+        """File names of `table` that can be read, with those that a merged one covers; none when packed."""
+        with self._lock:
+            self._refresh(anew=True)
+            return [] if self.info.packed else self._listings[table].readable
+
     def revision(self, table: str) -> int:
         """A number that changes whenever the files of `table` do."""
         with self._lock:
@@ -203,7 +209,7 @@ class Store:
         self._viewed: dict[str, int] = {}
         connection.execute("SET python_enable_replacements = false")
         connection.execute("SET temp_directory = ''")
-        connection.execute(f"SET allowed_directories = ['{_quoted(folder.resolve())}', '{_quoted(folder)}']")
+        connection.execute(f"SET allowed_directories = ['{quoted(folder.resolve())}', '{quoted(folder)}']")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
 
@@ -227,21 +233,17 @@ class Store:
             return "packed.vocab"
         path = self.path / VOCAB_FILE
         if path.exists():
-            return f"read_parquet('{_quoted(path)}')"
+            return f"read_parquet('{quoted(path)}')"
         names = ", ".join(f"NULL AS {name}" for name in VOCAB_SCHEMA.names)
         return f"(SELECT {names} WHERE false)"
 
 
 def _attach(connection: duckdb.DuckDBPyConnection, path: Path) -> RunInfo:
     """Attach a packed file as `packed` and read the RunInfo in it."""
-    connection.execute(f"ATTACH '{_quoted(path)}' AS packed (READ_ONLY)")
+    connection.execute(f"ATTACH '{quoted(path)}' AS packed (READ_ONLY)")
     row = None
     with contextlib.suppress(duckdb.CatalogException):
         row = connection.execute("SELECT info FROM packed.run_info").fetchone()
     if row is None:
         raise MoevizError(f"{path} holds views only; open its folder, or pack it there with `moeviz pack`")
     return RunInfo.from_json(row[0])
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")

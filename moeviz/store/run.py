@@ -196,6 +196,17 @@ def finish_run(path: str | Path) -> bool:
     return _in_process("moeviz.store.pack", path)
 
 
+def start_compactor(path: str | Path) -> subprocess.Popen[bytes]:
+    """Start the sidecar that merges a long run's segments; it leaves by itself with this process."""
+    return subprocess.Popen(
+        _command("moeviz.store.compact", path, "--parent", str(os.getpid())),
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
 def _begin_attempt(path: Path, info: RunInfo) -> None:
     """An empty segment per table: DuckDB 1.5 refuses a glob without files, and names announce the attempt."""
     attempt = info.attempts[-1]
@@ -210,17 +221,23 @@ def _begin_attempt(path: Path, info: RunInfo) -> None:
 
 
 def _in_process(module: str, *args: str | Path) -> bool:
-    """Run `python -m module args`. `-P` keeps the user's folder, with its own model.py, off the path."""
-    package_parent = str(Path(__file__).resolve().parents[2])
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), package_parent]
+    """Run `python -m module args` and wait."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", module, *map(str, args)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
+        _command(module, *args), env=_environment(), capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         _log.warning("`python -m %s` failed: %s; the run itself is unharmed", module, lines[-1])
     return done.returncode == 0
+
+
+def _command(module: str, *args: str | Path) -> list[str]:
+    """`-P` keeps the user's folder, with its own model.py, off the path."""
+    return [sys.executable, "-P", "-m", module, *map(str, args)]
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with the folder that moeviz was imported from at the end of the path."""
+    package_parent = str(Path(__file__).resolve().parents[2])
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), package_parent]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

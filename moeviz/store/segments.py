@@ -23,14 +23,21 @@ _DICTIONARY_COLUMNS = ("name", "domain", "kind", "rule", "episode", "severity", 
 _STATISTICS_COLUMNS = ("step", "layer", "seq", "name")
 
 
-def write_segment(folder: Path, name: SegmentName, table: pa.Table, *, sync: bool = False) -> Path:
+def write_segment(
+    folder: Path,
+    name: SegmentName,
+    table: pa.Table,
+    *,
+    sync: bool = False,
+    row_groups: list[int] | None = None,
+) -> Path:
     """Write `table` as `folder/name`, atomically. Raises OSError when the disk refuses; nothing is left
     behind.
     """
     final = folder / str(name)
     temporary = folder / f".{name}.tmp"
     try:
-        write_parquet(temporary, table, sync=sync)
+        write_parquet(temporary, table, sync=sync, row_groups=row_groups)
         os.rename(temporary, final)
     except BaseException:
         with suppress(OSError):
@@ -62,6 +69,18 @@ def write_parquet(
         if sync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def read_segment(
+    folder: Path,
+    name: SegmentName,
+    columns: list[str] | None = None,
+    filters: list[tuple[str, str, int]] | None = None,
+) -> pa.Table:
+    """Rows of one segment. Without pyarrow's guess that a folder called `lr=0.1` is a column."""
+    return pq.read_table(
+        folder / str(name), columns=columns, filters=filters, partitioning=None, use_threads=False
+    )
 
 
 def sync_folder(folder: Path) -> None:
@@ -96,7 +115,7 @@ def is_whole(path: Path, thorough: bool = False) -> bool:
 
 def _decodes(path: Path) -> bool:
     try:
-        pq.read_table(path, use_threads=False)
+        pq.read_table(path, partitioning=None, use_threads=False)
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException):

@@ -49,7 +49,8 @@ covered AS (
     WHERE NOT EXISTS (FROM active other WHERE other.r = one.r AND other.a = one.a
         AND other.n0 <= one.n0 AND other.n1 >= one.n1
         AND (other.n1 - other.n0, other.l, -other.ms) > (one.n1 - one.n0, one.l, -one.ms)))
-SELECT {columns} FROM read_parquet({folder} || '/[!.]*.parquet', filename = true) rows
+SELECT {columns} FROM read_parquet({folder} || '/[!.]*.parquet', filename = true,
+        hive_partitioning = false) rows
 JOIN covered ON rows.filename = covered.file
 WHERE covered.below IS NULL OR rows.step < covered.below
 """
@@ -69,7 +70,7 @@ def write_database(run_path: str | Path) -> Path:
         temporary.unlink()
     connection = duckdb.connect(config={"threads": 1, "async_threads": 1})
     try:
-        connection.execute(f"ATTACH '{_quoted(temporary)}' AS run (STORAGE_VERSION '{STORAGE_VERSION}')")
+        connection.execute(f"ATTACH '{quoted(temporary)}' AS run (STORAGE_VERSION '{STORAGE_VERSION}')")
         connection.execute("USE run")
         for table in TABLES:
             connection.execute(f"CREATE VIEW {table} AS {view_sql(table, str(run_path))}")
@@ -87,10 +88,11 @@ def write_database(run_path: str | Path) -> Path:
 
 
 def _place(run_path: str) -> str:
-    return "coalesce(getvariable('moeviz_run'), '" + run_path.replace("'", "''") + "')"
+    return f"coalesce(getvariable('moeviz_run'), '{quoted(run_path)}')"
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: str | Path) -> str:
+    """A path inside an SQL string literal."""
     return str(path).replace("'", "''")
 
 

@@ -148,7 +148,7 @@ class SegmentWriter:
         mine = (
             n.last_flush for n in parsed if n and (n.rank, n.attempt) == (self.rank, self._attempt.number)
         )
-        return max(mine, default=-1) + 1
+        return max(mine, default=0) + 1
 
     def _stamped(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Alerts get a strictly increasing time, which orders transitions within one step."""
