@@ -25,7 +25,7 @@ def grouped_mm(x_NI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> Tensor:
         ends_E: int32. Row after the last one of each expert, not falling, the last one N.
 
     Returns:
-        [N, O].
+        [N, O]. Its gradient must be dense: torch's kernel refuses the strides of 0 that `.sum()` sends back.
     """
     if _takes_native(x_NI, weights_EOI):
         return F.grouped_mm(x_NI, weights_EOI.transpose(-2, -1), offs=ends_E)
@@ -84,8 +84,7 @@ def _save_operands(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tens
 
 
 def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None]:
-    # A sum's gradient is an expanded scalar with strides of 0, which the products cannot read.
-    return *_grouped_mm_backward(grad_NO.contiguous(), *ctx.saved_tensors), None
+    return *_grouped_mm_backward(grad_NO, *ctx.saved_tensors), None
 
 
 _grouped_mm_loop.register_autograd(_backward, setup_context=_save_operands)

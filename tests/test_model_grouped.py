@@ -56,9 +56,8 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, w: grouped_mm(x, w, ends_E), (x_NI, weights_EOI))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_an_expanded_gradient_is_accepted(dtype: torch.dtype) -> None:
-    x_NI, weights_EOI, ends_E = _operands([2, 1], dtype)
+def test_the_loop_accepts_an_expanded_gradient() -> None:
+    x_NI, weights_EOI, ends_E = _operands([2, 1], torch.float32)
     _grouped_mm_loop(x_NI, weights_EOI, ends_E).sum().backward()
     torch.testing.assert_close(weights_EOI.grad[1], x_NI[2].detach().expand(16, 8))
 

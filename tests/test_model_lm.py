@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.experts
 from model.config import ModelConfig, RouterConfig
@@ -178,6 +179,28 @@ def test_gradient_checkpointing_runs_each_block_again() -> None:
     model.gradient_checkpointing_enable()
     _train(model, _ids())
     assert calls == {0: 2, 1: 2, 2: 2}
+
+
+class _CountTopK(TorchDispatchMode):
+    """Counts how often torch really ranks experts."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is torch.ops.aten.topk.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradient_checkpointing_never_chooses_experts_twice() -> None:
+    """Chosen again, a tie may fall the other way, and gradients would be those of other experts."""
+    model = _model().train()
+    model.gradient_checkpointing_enable()
+    with _CountTopK() as forward:
+        ce = model(_ids(), _ids()).ce
+    with _CountTopK() as backward:
+        ce.backward()
+    assert forward.calls == 9  # best two of a group, groups, experts: in three layers
+    assert backward.calls == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
