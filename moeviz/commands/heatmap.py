@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _LABEL = 5
-_SIDE = 32
-_DEAD_STYLE = "#8ec9ff"
+_SIDE = 40
+_DEAD_STYLE = "bold #ffffff"
+_ROOMY_LAYERS = 16
+"""Up to here every layer has a line of its own, where a dead expert can carry its mark."""
+_WIDEST_CELL = 4
 
 
 def heatmap(
@@ -38,37 +41,54 @@ def heatmap(
     from rich.text import Text
 
     most = max(len(layer["load_rel"]) for layer in layers)
-    room = max(8, width - _LABEL - _SIDE - 2)
+    room = max(8, width - _LABEL - _SIDE)
     pool = -(-most // room)
-    step = 2 if color else 1
+    cell = min(_WIDEST_CELL, room // -(-most // pool))
+    step = 2 if color and len(layers) > _ROOMY_LAYERS else 1
     rows = []
     for at in range(0, len(layers), step):
         group = layers[at : at + step]
         row = Text(f" {group[0]['layer']:>{_LABEL - 2}} ", style="dim")
-        row.append_text(_half_blocks(group, top_k, pool) if color else Text(_glyphs(group[0], pool)))
-        row.append(" " * (-(-most // pool) - (len(row) - _LABEL + 1)))
+        levels = [_levels(layer, top_k[layer["layer"]], pool) for layer in group]
+        if not color:
+            row.append(_glyphs(group[0], pool, cell))
+        elif step == 1:
+            row.append_text(_cells(levels[0], cell))
+        else:
+            row.append_text(_half_blocks(levels, cell))
+        row.append(" " * (_LABEL + cell * -(-most // pool) - len(row)))
         row.append_text(_side(group))
         rows.append(row)
     return Group(*rows, _legend(pool, color))
 
 
-def _half_blocks(group: list[dict[str, Any]], top_k: dict[int, int], pool: int) -> Text:
+def _cells(levels: list[int], cell: int) -> Text:
+    """One layer on a line of its own."""
     from rich.text import Text
 
-    ramp = load_ramp("dark")
-    levels = [_levels(layer, top_k[layer["layer"]], pool) for layer in group]
-    cells = Text()
+    ramp, line = load_ramp("dark"), Text()
+    for level in levels:
+        mark = DEAD_MARK.center(cell) if level == -1 else " " * cell
+        line.append(mark, f"{_DEAD_STYLE} on {rgb_to_hex(ramp[max(level, 0)])}")
+    return line
+
+
+def _half_blocks(levels: list[list[int]], cell: int) -> Text:
+    """Two layers on one line: the upper in the upper half of each cell."""
+    from rich.text import Text
+
+    ramp, line = load_ramp("dark"), Text()
     for at in range(max(len(level) for level in levels)):
         pair = [level[at] if at < len(level) else None for level in levels]
         colors = [None if one is None else rgb_to_hex(ramp[max(one, 0)]) for one in pair]
-        if pair[0] == -1 and (len(pair) == 1 or pair[1] == -1):
-            cells.append(DEAD_MARK, f"bold {_DEAD_STYLE} on {rgb_to_hex(ramp[0])}")
-        elif pair[0] is None:
-            cells.append("▄", colors[1] or "")
+        if pair == [-1, -1]:
+            line.append(DEAD_MARK.center(cell), f"{_DEAD_STYLE} on {colors[0]}")
+        elif colors[0] is None:
+            line.append("▄" * cell, colors[1] or "")
         else:
             below = f" on {colors[1]}" if len(colors) > 1 and colors[1] else ""
-            cells.append("▀", f"{colors[0]}{below}")
-    return cells
+            line.append("▀" * cell, f"{colors[0]}{below}")
+    return line
 
 
 def _levels(layer: dict[str, Any], top_k: int, pool: int) -> list[int]:
@@ -90,14 +110,15 @@ def _pooled(load_rel: np.ndarray, pool: int) -> np.ndarray:
     return np.array([load_rel[at + int(far[at : at + pool].argmax())] for at in groups])
 
 
-def _glyphs(layer: dict[str, Any], pool: int) -> str:
+def _glyphs(layer: dict[str, Any], pool: int, cell: int) -> str:
     edges = ((0.0, "x"), (0.5, "-"), (2.0, "."), (4.0, "+"), (np.inf, "#"))
-    cells = _pooled(np.asarray(layer["load_rel"]), pool)
-    return "".join(next(glyph for edge, glyph in edges if load <= edge) for load in cells)
+    loads = _pooled(np.asarray(layer["load_rel"]), pool)
+    glyphs = (next(glyph for edge, glyph in edges if load <= edge) for load in loads)
+    return "".join(glyph.ljust(min(cell, 2)) for glyph in glyphs)
 
 
 def _side(group: list[dict[str, Any]]) -> Text:
-    """Entropy of each layer of the row, and the busiest expert among them."""
+    """Entropy of each layer of the line, the busiest expert among them, and how many experts are dead."""
     from rich.text import Text
 
     side = Text("  H ", style="dim")
@@ -107,7 +128,12 @@ def _side(group: list[dict[str, Any]]) -> Text:
     hot = max(group, key=lambda layer: layer["max_load"])
     side.append(" max ", "dim")
     side.append(f"{hot['max_load']:.1f}×", "bold #ffbf80" if hot["max_load"] >= 4 else "")
-    side.append(f" L{hot['layer']} E{hot['max_expert']}", "dim")
+    side.append(
+        f" E{hot['max_expert']}" if len(group) == 1 else f" L{hot['layer']} E{hot['max_expert']}", "dim"
+    )
+    dead = sum(load == 0 for layer in group for load in layer["load_rel"])
+    if dead:
+        side.append(f"  {DEAD_MARK} {dead} dead", "bold #8ec9ff")
     return side
 
 
@@ -121,7 +147,7 @@ def _legend(pool: int, color: bool) -> Text:
             at = round((exponent + 3) / 6 * (len(ramp) - 1))
             legend.append("  ", f"on {rgb_to_hex(ramp[at])}")
             legend.append(f" {label}  ", "dim")
-        legend.append(DEAD_MARK, f"bold {_DEAD_STYLE}")
+        legend.append(f" {DEAD_MARK} ", f"{_DEAD_STYLE} on {rgb_to_hex(ramp[0])}")
         legend.append(" dead", "dim")
     else:
         legend.append("x dead  - below 1/2  . even  + above 2  # above 4 times the even share")

@@ -135,14 +135,17 @@ def _print_page(store: Store, facts: dict[str, Any]) -> None:
     console = Console()
     console.print(_header(facts))
     if facts["layers"]:
+        console.print()
         console.print(Rule(f"[bold]expert load[/] · step {facts['step']:,}", align="left", style="dim"))
         tops = {layer.layer: layer.top_k for layer in store.info.model.layers}
         console.print(
             heatmap(facts["layers"], tops, width=console.width, color=console.color_system is not None)
         )
     if facts["scalars"]:
+        console.print()
         console.print(Rule("[bold]numbers[/]", align="left", style="dim"))
         console.print(Padding(_scalars(facts["scalars"]), (0, 1)))
+    console.print()
     alerts = alert_records(store)
     still_open = [alert for alert in alerts if alert.cleared_step is None]
     title = f"[bold]alerts[/] · {len(still_open)} open, {len(alerts) - len(still_open)} cleared"
@@ -193,9 +196,9 @@ def _scalars(scalars: dict[str, dict[str, list[float]]]) -> RenderableType:
         low, high = np.nanmin(values), np.nanmax(values)
         grid.add_row(
             name,
-            f"[bold]{values[-1]:,.4g}[/bold]",
+            f"[bold]{_readable(values[-1])}[/bold]",
             f"[cyan]{spark(values)}[/cyan]",
-            f"[dim]{low:,.4g} to {high:,.4g}[/dim]",
+            f"[dim]{_readable(low)} to {_readable(high)}[/dim]",
         )
     return grid
 
@@ -210,6 +213,10 @@ def spark(values: list[float]) -> str:
     level = np.zeros(len(array), dtype=int)
     level[finite] = np.rint((array[finite] - low) / (high - low or 1) * (len(_SPARKS) - 1)).astype(int)
     return "".join(_SPARKS[at] if ok else " " for at, ok in zip(level, finite, strict=True))
+
+
+def _readable(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _bar(fraction: float, width: int = 24) -> str:
