@@ -27,7 +27,7 @@ class AlertConfig:
     """Until this step (or `startup_warmups` learning-rate warm-ups) load alerts are capped at warning."""
     startup_warmups: float = 3.0
     update_every: int = 50
-    """An open alert reports a worse peak or other experts at most this often."""
+    """An open alert reports a worse peak or other experts at most once in this many records."""
 
     window_min: int = 20
     """Shortest smoothing window of the loads; small batches get a longer one."""

@@ -106,6 +106,7 @@ class RouterDetector:
             step,
         )
         self._remember(readings)
+        due = self.episodes.tick()
         records = self.episodes.promote(step)
         for row, layer in raised.tolist():
             finding = self._finding(readings[row], row, layer, step)
@@ -115,12 +116,8 @@ class RouterDetector:
             if not readings[row].level:
                 value = float(readings[row].value_L[layer])
                 records += self.episodes.clear(readings[row].rule, layer, step, value)
-        return records + self._updates(readings, step)
-
-    def _updates(self, readings: list[Reading], step: int) -> list[AlertRecord]:
-        records = []
-        for rule_id, layer in self.episodes.due(step):
-            if layer is not None:
+        for rule_id, layer in due:
+            if layer is not None and self.episodes.is_open(rule_id, layer):
                 row = self._rows.index((rule_id, 0))
                 records += self.episodes.update(self._finding(readings[row], row, layer, step), step)
         return records

@@ -44,6 +44,7 @@ class Episodes:
         self._open: dict[tuple[str, int | None], AlertRecord] = {}
         self._full: dict[tuple[str, int | None], Severity] = {}
         self._looked: dict[tuple[str, int | None], int] = {}
+        self._records = 0
 
     @property
     def open_alerts(self) -> tuple[AlertRecord, ...]:
@@ -79,15 +80,16 @@ class Episodes:
         )
         return [self._keep(key, record)]
 
-    def due(self, step: int) -> list[tuple[str, int | None]]:
-        """(rule, layer) of the open episodes whose last look is old enough for an `update`."""
-        return [key for key, last in self._looked.items() if step - last >= self._update_every]
+    def tick(self) -> list[tuple[str, int | None]]:
+        """Count one record; returns (rule, layer) of the open episodes that are due for an `update`."""
+        self._records += 1
+        return [key for key, last in self._looked.items() if self._records - last >= self._update_every]
 
     def update(self, finding: Finding, step: int) -> list[AlertRecord]:
         """Report an open episode again if its peak got worse or its experts changed."""
         key = (finding.rule, finding.layer)
         record = self._open[key]
-        self._looked[key] = step
+        self._looked[key] = self._records
         worse = abs(finding.peak - record.peak) > _CHANGE * abs(record.peak)
         if not worse and set(finding.experts) == set(record.experts):
             return []
@@ -138,7 +140,7 @@ class Episodes:
                 row = rule(record.rule)
                 harder = row.escalated is not None and record.severity == row.escalated
                 self._full[key] = record.severity if harder else row.severity
-                self._open[key], self._looked[key] = record, record.updated_step
+                self._open[key], self._looked[key] = record, self._records
 
     def rewind(self, step: int, last_step: int) -> list[AlertRecord]:
         """Training went back to `step`: close what was raised later, at the last step it was seen."""
@@ -150,7 +152,7 @@ class Episodes:
         ]
 
     def _keep(self, key: tuple[str, int | None], record: AlertRecord) -> AlertRecord:
-        self._open[key], self._looked[key] = record, record.updated_step
+        self._open[key], self._looked[key] = record, self._records
         return record
 
     def _severity(self, key: tuple[str, int | None], step: int) -> Severity:

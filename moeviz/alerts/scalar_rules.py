@@ -7,12 +7,14 @@ from one model to the next. Each rule takes one finite value a step and answers 
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 
 from moeviz.alerts.config import AlertConfig
+
+_REFRESH = 10
+"""The median of a long history is taken anew once in this many values."""
 
 
 class Judgement(NamedTuple):
@@ -55,6 +57,31 @@ class Smoothed:
         return math.sqrt(self._square / self.window)
 
 
+class Ring:
+    """The newest `size` values."""
+
+    def __init__(self, size: int) -> None:
+        self._values = np.zeros(size)
+        self.seen = 0
+
+    def add(self, value: float) -> None:
+        self._values[self.seen % len(self._values)] = value
+        self.seen += 1
+
+    @property
+    def full(self) -> bool:
+        return self.seen >= len(self._values)
+
+    def values(self) -> np.ndarray:
+        """All that are held, in no particular order."""
+        return self._values[: self.seen]
+
+    def without_newest(self, count: int) -> np.ndarray:
+        """All that are held but the newest `count`."""
+        held = min(self.seen, len(self._values))
+        return self._values[(self.seen - held + np.arange(held - count)) % len(self._values)]
+
+
 class Spike:
     """A value far above its rolling mean.
 
@@ -63,18 +90,18 @@ class Spike:
 
     def __init__(self, config: AlertConfig) -> None:
         self._config = config
-        self._past: deque[float] = deque(maxlen=config.spike_window)
+        self._past = Ring(config.spike_window)
 
     def judge(self, value: float) -> Judgement | None:
         """None until the rolling window is full."""
-        past = np.array(self._past)
-        self._past.append(value)
-        if len(past) < self._config.spike_window:
-            return None
-        score = (value - past.mean()) / max(past.std(), 1e-12)
-        visible = value - np.median(past) > self._config.spike_share * abs(np.median(past))
-        raises = bool(score > self._config.spike_sd and visible)
-        return Judgement(raises, not raises, float(score), self._config.spike_sd, value)
+        past, full = self._past.values(), self._past.full
+        score = (value - past.mean()) / max(past.std(), 1e-12) if full else 0.0
+        raises = bool(score > self._config.spike_sd) and self._visible(value, float(np.median(past)))
+        self._past.add(value)
+        return Judgement(raises, not raises, float(score), self._config.spike_sd, value) if full else None
+
+    def _visible(self, value: float, usual: float) -> bool:
+        return value - usual > self._config.spike_share * abs(usual)
 
 
 class Divergence:
@@ -107,14 +134,16 @@ class Explosion:
     def __init__(self, config: AlertConfig, grad_clip: float | None) -> None:
         self._config, self._clip = config, grad_clip
         self._smooth = Smoothed(config.explode_window)
-        self._past: deque[float] = deque(maxlen=config.explode_history)
+        self._past = Ring(config.explode_history)
+        self._usual: float | None = None
 
     def judge(self, norm: float) -> tuple[Judgement | None, Judgement | None]:
         """(against the history, against the clipping norm); None where there is nothing to compare with."""
         config = self._config
         self._smooth.update(norm)
-        usual = self._usual()
-        self._past.append(norm)
+        self._refresh()
+        usual = self._usual
+        self._past.add(norm)
         by_history = by_clip = None
         if usual is not None:
             factor = self._smooth.mean / max(usual, 1e-12)
@@ -126,12 +155,8 @@ class Explosion:
             by_clip = Judgement(factor > line, factor < line / 2, factor, line, self._smooth.mean)
         return by_history, by_clip
 
-    def _usual(self) -> float | None:
-        """Median of the history without its most recent part.
-
-        None until that is as long as the part left out.
-        """
+    def _refresh(self) -> None:
+        """Median of the history without its most recent part, once that is as long as the part left out."""
         recent = self._config.explode_recent
-        if len(self._past) < 2 * recent:
-            return None
-        return float(np.median(np.array(self._past)[:-recent]))
+        if self._past.seen >= 2 * recent and self._past.seen % _REFRESH == 0:
+            self._usual = float(np.median(self._past.without_newest(recent)))

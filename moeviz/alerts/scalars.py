@@ -71,10 +71,12 @@ class ScalarDetector:
             "clip": Hold(config.explode_clip_after, config.clear_after),
         }
         self._owner: dict[str, str] = {}
+        self._due: list[tuple[str, int | None]] = []
 
     def observe(self, record: ScalarRecord) -> list[AlertRecord]:
         """Judge one record; scalars with other names pass unseen."""
         step, values = record.step, record.values
+        self._due = self.episodes.tick()
         changes = self._nonfinite(record)
         for name in (LOSS, GRAD):
             if math.isfinite(values.get(name, math.nan)):
@@ -114,7 +116,7 @@ class ScalarDetector:
         if owned and cleared:
             del self._owner[rule_id]
             return self.episodes.clear(rule_id, None, step, judgement.value)
-        if owned and (rule_id, None) in self.episodes.due(step):
+        if owned and (rule_id, None) in self._due:
             return self.episodes.update(self._finding(rule_id, clause, judgement, step), step)
         return []
 
