@@ -19,7 +19,7 @@ from moeviz.live import RunState, Series, Snapshot
 from moeviz.records import AlertRecord
 from moeviz.store.load_ring import LoadRing
 from moeviz.store.queries_loads import last_step, load_history
-from moeviz.store.queries_runs import has_ended, run_state
+from moeviz.store.queries_runs import has_ended, run_state, step_rhythm
 from moeviz.store.queries_series import alert_records, dropped_samples, scalars
 from moeviz.store.reader import Store, open_run
 
@@ -54,7 +54,9 @@ class RunFeed:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._said: set[str] = set()
-        self._ended, self._dropped = False, 0
+        self._ended, self._dropped, self._step = False, 0, -1
+        self._newest_ts: float | None = None
+        self._interval = 0.0
         self._alerts: tuple[AlertRecord, ...] = ()
         self._scalars: dict[str, Series] = {}
         self._revisions: tuple[int, ...] | None = None
@@ -114,13 +116,15 @@ class RunFeed:
 
     def _read(self) -> None:
         newest = last_step(self._store)
-        if newest is not None and newest > self._ring.step:
+        if newest is not None and newest > self._ring.step and self._store.info.model.layers:
             first = max(self._ring.step + 1, newest - self._history + 1)
             self._ring.extend(load_history(self._store, first, newest))
         self._scalars = self._newer_scalars()
         self._alerts = alert_records(self._store)
         self._dropped = dropped_samples(self._store)
         self._ended = has_ended(self._store)
+        self._newest_ts, self._interval = step_rhythm(self._store)
+        self._step = -1 if newest is None else newest
 
     def _newer_scalars(self) -> dict[str, Series]:
         """Every scalar over the whole run: `history` bucket means, then newer points up to twice that."""
@@ -150,13 +154,10 @@ class RunFeed:
         return grown
 
     def _behind(self) -> float:
-        times = self._ring.times_T
-        return max(0.0, self._clock() - float(times[-1])) if len(times) else 0.0
+        return 0.0 if self._newest_ts is None else max(0.0, self._clock() - self._newest_ts)
 
     def _state(self) -> RunState:
-        times = self._ring.times_T
-        newest = float(times[-1]) if len(times) else None
-        return run_state(newest, self._ring.interval, self._ended, self._clock())
+        return run_state(self._newest_ts, self._interval, self._ended, self._clock())
 
     def _snapshot(self, revision: int) -> Snapshot:
         info, ring = self._store.info, self._ring
@@ -167,7 +168,7 @@ class RunFeed:
             state=self._state(),
             revision=revision,
             behind_seconds=self._behind(),
-            step=ring.step,
+            step=self._step,
             planned_steps=info.planned_steps,
             tokens=ring.tokens,
             load_rel_LE=ring.load_rel_LE,

@@ -21,14 +21,22 @@ def step_range(store: Store, table: str = "expert_load") -> tuple[int, int] | No
 
 
 def last_step(store: Store) -> int | None:
-    """Newest step whose loads are complete; None before the first. Other tables are flushed before it."""
-    newest = store.newest_step("expert_load")
+    """Newest step whose loads are complete; None before the first.
+
+    Loads are flushed after the other tables, so what those say of this step is there too. A run that records
+    no routing (no MoE layers in its description) counts by its scalars.
+    """
+    table = clock_table(store)
+    newest = store.newest_step(table)
     if newest is None:
         return None
-    value = store.frame(lambda: f"SELECT max(step) AS step FROM {store.source('expert_load', newest)}")[
-        "step"
-    ].iloc[0]
-    return None if pd.isna(value) else int(value)
+    steps = store.frame(lambda: f"SELECT max(step) AS step FROM {store.source(table, newest)}")["step"]
+    return None if pd.isna(steps.iloc[0]) else int(steps.iloc[0])
+
+
+def clock_table(store: Store) -> str:
+    """The table that tells how far a run is: its loads, or its scalars where it records no routing."""
+    return "expert_load" if store.info.model.layers else "scalars"
 
 
 def load_matrix(store: Store, step: int | None = None) -> pd.DataFrame:

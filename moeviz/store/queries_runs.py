@@ -13,7 +13,7 @@ from moeviz.errors import MoevizError
 from moeviz.live import RunState
 from moeviz.metrics.load import load_entropy, load_share
 from moeviz.store.catalog import find_runs
-from moeviz.store.queries_loads import last_step, load_matrix
+from moeviz.store.queries_loads import clock_table, last_step, load_matrix
 from moeviz.store.queries_series import alerts
 from moeviz.store.reader import Store, open_run
 
@@ -64,7 +64,7 @@ def step_rhythm(store: Store, steps: int = 50) -> tuple[float | None, float]:
         return None, 0.0
     times = store.frame(
         lambda: (
-            f"""SELECT step, max(ts) AS ts FROM {store.source("expert_load", newest - steps, newest)}
+            f"""SELECT step, max(ts) AS ts FROM {store.source(clock_table(store), newest - steps, newest)}
         WHERE step BETWEEN ? AND ? GROUP BY step ORDER BY step"""
         ),
         [newest - steps, newest],
