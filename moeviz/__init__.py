@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moeviz.capture.probe import Probe, watch
+    from moeviz.capture.probe import Probe
     from moeviz.errors import MoevizError
     from moeviz.policy import EVERYTHING, SamplingPolicy
+    from moeviz.session import watch
     from moeviz.store.reader import Store, open_run
 
 __version__ = "0.1.0"
@@ -23,7 +24,7 @@ _LAZY = {
     "SamplingPolicy": "moeviz.policy",
     "Store": "moeviz.store.reader",
     "open_run": "moeviz.store.reader",
-    "watch": "moeviz.capture.probe",
+    "watch": "moeviz.session",
 }
 
 __all__ = [

@@ -1,0 +1,133 @@
+"""Models that say what they do: `Router.forward` is annotated to return a NamedTuple.
+
+This is moeviz's own model, recognised by the shape of its code and not by import, and any project that
+writes its router the same way:
+
+    class Routing(NamedTuple):
+        logits_TE: Tensor
+        weights_TK: Tensor
+        expert_ids_TK: Tensor      # or indices, ids
+        kept_TK: Tensor            # only where capacity drops; or dropped_TK
+
+    class Router(nn.Module):
+        num_experts: int; top_k: int
+        def forward(self, x) -> Routing: ...
+
+An attention core is a module called as core(q, k, v, valid) with attributes `softmax_scale` and
+`num_kv_groups`, and optionally `causal`, `window`, `softcap` and `sinks`.
+"""
+
+from __future__ import annotations
+
+import functools
+import typing
+from typing import Any
+
+from torch import Tensor, nn
+
+from moeviz.capture.reading import AttentionCall, CoreSite, Handle, Observe, Reading, RouterSite
+from moeviz.records import ScoreFunction
+
+_FIELDS = (("logits",), ("weights",), ("expert_ids", "indices", "ids"))
+_SCORES: tuple[ScoreFunction, ...] = ("softmax", "sigmoid", "softmax_topk")
+
+
+def find_router(name: str, module: nn.Module, parent: nn.Module | None) -> RouterSite | None:
+    num_experts, top_k = getattr(module, "num_experts", None), getattr(module, "top_k", None)
+    if not isinstance(num_experts, int) or not isinstance(top_k, int):
+        return None
+    kind = _returned(module)
+    if kind is None:
+        return None
+    fields = kind._fields
+    if len(fields) < 3 or not all(
+        field.startswith(stems) for field, stems in zip(fields, _FIELDS, strict=False)
+    ):
+        return None
+    config = getattr(module, "config", None)
+    score = getattr(config, "score", None)
+    return RouterSite(
+        name=name,
+        module=module,
+        num_experts=num_experts,
+        top_k=top_k,
+        score=score if score in _SCORES else "unknown",
+        read=functools.partial(_read, _drop_field(fields)),
+        bias=functools.partial(getattr, module, "e_score_correction_bias", None),
+        grouped=getattr(config, "num_groups", 1) > 1,
+    )
+
+
+def _returned(module: nn.Module) -> Any:
+    """The NamedTuple class that `forward` is annotated to return, or None."""
+    try:
+        kind = typing.get_type_hints(type(module).forward).get("return")
+    except Exception:  # annotations of a stranger's code may name what cannot be imported here
+        return None
+    return kind if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields") else None
+
+
+def _drop_field(fields: tuple[str, ...]) -> tuple[int, bool] | None:
+    """(position, whether it marks the kept slots) of the field that says what a capacity limit dropped."""
+    for position, field in enumerate(fields):
+        if field.startswith(("kept", "dropped")):
+            return position, field.startswith("kept")
+    return None
+
+
+def _read(
+    drop: tuple[int, bool] | None,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> Reading:
+    dropped_TK = None
+    if drop is not None and output[drop[0]] is not None:
+        dropped_TK = ~output[drop[0]].detach() if drop[1] else output[drop[0]].detach()
+    return Reading(output[0].detach(), output[1].detach(), output[2].detach(), dropped_TK)
+
+
+def find_core(name: str, module: nn.Module, parent: nn.Module | None) -> CoreSite | None:
+    if not isinstance(getattr(module, "softmax_scale", None), float) or not hasattr(module, "num_kv_groups"):
+        return None
+    return CoreSite(
+        name=name,
+        module=module,
+        num_heads=_num_heads(module, parent),
+        attach=functools.partial(_attach, module),
+    )
+
+
+def _num_heads(module: nn.Module, parent: nn.Module | None) -> int:
+    """Query heads; 0 when only a call can tell."""
+    for owner in (module, parent):
+        heads = getattr(owner, "num_heads", None)
+        if isinstance(heads, int):
+            return heads
+    projection, width = getattr(parent, "q_proj", None), getattr(parent, "head_width", None)
+    if isinstance(projection, nn.Linear) and isinstance(width, int):
+        return projection.out_features // width
+    return 0
+
+
+def _attach(module: nn.Module, observe: Observe) -> Handle:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observe(_call(module, args, kwargs))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _call(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
+    sinks = getattr(core, "sinks", None)
+    rest = [value for value in (*args[3:], *kwargs.values()) if isinstance(value, Tensor)]
+    return AttentionCall(
+        q_BHSD=args[0],
+        k_BGCD=args[1],
+        scale=core.softmax_scale,
+        mask=rest[0] if rest else None,
+        causal=getattr(core, "causal", True),
+        window=getattr(core, "window", None),
+        softcap=getattr(core, "softcap", None),
+        sinks_H=sinks if isinstance(sinks, Tensor) else None,
+    )

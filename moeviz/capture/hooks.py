@@ -1,0 +1,105 @@
+"""The hooks: they detach, assign to a fixed slot, and sleep outside of training forwards. Nothing else.
+
+Under torch.compile a hook is traced into the graph: it may assign tensors to a slot and must not append,
+count or print, or every step recompiles. In eager mode the same assignment goes through a guard that keeps
+errors away from training and recognises recomputation: backward runs again through checkpointed blocks,
+after the forward of the root has ended (the switch is off) or inside a graph task of autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeviz.capture.attention import choose_heads, select
+from moeviz.capture.reading import AttentionCall, CoreSite, Handle, Observe, Reading, RouterSite
+
+_REASON = "moeviz counts the forwards of the watched model: compile the model, not a function around it"
+
+
+@dataclass(eq=False)
+class Switch:
+    """Whether the hooks are awake. Plain attributes: torch.compile guards on them, one graph for each value."""
+
+    awake: bool = False
+    attending: bool = False
+    rows_N: Tensor | None = None
+    """Sequences whose attention is recorded, on the device of the inputs."""
+
+
+@dataclass(eq=False)
+class RouterSlot:
+    """Where the hook of one router puts what it read."""
+
+    reading: Reading | None = None
+
+
+@dataclass(eq=False)
+class CoreSlot:
+    """Where the hook of one attention core puts the chosen rows."""
+
+    call: AttentionCall | None = None
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread: true for exactly the recomputed calls."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def hook_router(site: RouterSite, slot: RouterSlot, switch: Switch, guarded: Callable[..., None]) -> Handle:
+    """Attach to a router; `guarded(module, args, kwargs, output)` takes over outside of compiled code."""
+    read = site.read
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not switch.awake:
+            return
+        if torch.compiler.is_compiling():
+            slot.reading = read(module, args, kwargs, output)
+        else:
+            guarded(module, args, kwargs, output)
+
+    return site.module.register_forward_hook(hook, with_kwargs=True)
+
+
+def hook_core(site: CoreSite, slot: CoreSlot, switch: Switch, num_heads: int, guarded: Observe) -> Handle:
+    """Attach to an attention core; `guarded(call)` takes over outside of compiled code."""
+
+    def observe(call: AttentionCall) -> None:
+        if not switch.attending or switch.rows_N is None:
+            return
+        if torch.compiler.is_compiling():
+            slot.call = select(call, switch.rows_N, choose_heads(call.q_BHSD.shape[1], num_heads))
+        else:
+            guarded(call)
+
+    return site.attach(observe)
+
+
+def hook_root(
+    root: nn.Module,
+    begin: Callable[[tuple[Any, ...], dict[str, Any]], None],
+    end: Callable[[], None],
+) -> list[Handle]:
+    """Call `begin(args, kwargs)` before and `end()` after every forward of the root, outside of compiled code."""
+
+    @torch.compiler.disable(reason=_REASON)
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begin(args, kwargs)
+
+    @torch.compiler.disable(reason=_REASON)
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        end()
+
+    return [
+        root.register_forward_pre_hook(before, with_kwargs=True),
+        root.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+def remove(handles: Sequence[Handle]) -> None:
+    for handle in handles:
+        handle.remove()

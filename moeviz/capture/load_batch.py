@@ -1,0 +1,131 @@
+"""The loads and scalars of a step, still on their way from the device; records are made later.
+
+`materialize` runs in the writer's thread: waiting for the device, sorting out and numpy cost training
+nothing. A load is never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeviz.capture.rank_sum import RankSum
+from moeviz.capture.reduce import TOKEN_SUMS
+from moeviz.capture.transfer import HostCopy
+from moeviz.records import LoadRecord, ModelInfo, Record, ScalarRecord
+
+
+@dataclass(eq=False, kw_only=True)
+class LoadBatch:
+    """The sums and scalars of one step."""
+
+    step: int
+    rank: int
+    ts: float
+    info: ModelInfo
+    layers: Mapping[int, Sequence[int]]
+    """Layer group -> its MoE layers."""
+    tokens: int
+    """Tokens that are known without the device; `valid_tokens` of the copy are added."""
+    copy: HostCopy
+    """`counts/G`, `dropped/G`, `prob_sum/G`, `weight_sum/G`, `token_sums/G`, perhaps `bias/G`, for each group
+    G; perhaps `valid_tokens` and `scalars`."""
+    dropless: bool
+    scalars: Mapping[str, float]
+    device_scalars: Sequence[str] = ()
+    """Names of the entries of `scalars` in the copy."""
+    rank_sum: RankSum | None = None
+    whole: bool = True
+    """False when recording failed in this step: then no load is written, only scalars."""
+
+    def materialize(self) -> Iterator[Record]:
+        """The load (of all ranks, on rank 0) and the scalars."""
+        load = self.load()
+        if self.rank_sum is not None:
+            load = self._summed(load, self.rank_sum)
+        if load is not None:
+            yield load
+        values = {**self.scalars, **self._device_scalars()}
+        if values:
+            yield ScalarRecord(step=self.step, rank=self.rank, ts=self.ts, values=values)
+
+    def load(self) -> LoadRecord | None:
+        """The load of this rank alone; None when the step is not whole."""
+        if not self.whole:
+            return None
+        arrays = self.copy.arrays()
+        counts_LE, token_sums_NL = self._spread(arrays, "counts"), self._spread(arrays, "token_sums", axis=1)
+        assert counts_LE is not None
+        assert token_sums_NL is not None
+        return LoadRecord(
+            step=self.step,
+            rank=self.rank,
+            ts=self.ts,
+            tokens=self.tokens + int(arrays.get("valid_tokens", 0)),
+            counts_LE=counts_LE,
+            prob_sum_LE=self._spread(arrays, "prob_sum"),
+            weight_sum_LE=self._spread(arrays, "weight_sum"),
+            bias_LE=self._spread(arrays, "bias"),
+            dropped_LE=None if self.dropless else self._spread(arrays, "dropped"),
+            token_sums={
+                name: sums_L
+                for name, sums_L in zip(TOKEN_SUMS, token_sums_NL, strict=True)
+                if not np.isnan(sums_L).all()
+            },
+        )
+
+    def _spread(self, arrays: Mapping[str, np.ndarray], name: str, axis: int = 0) -> np.ndarray | None:
+        """Put the rows of each group in their place: [L, E], or [N, L] with axis 1. None if nobody has `name`."""
+        parts = {g: arrays[f"{name}/{g}"] for g in self.layers if f"{name}/{g}" in arrays}
+        if not parts:
+            return None
+        first = next(iter(parts.values()))
+        if axis == 1:
+            whole = np.full((first.shape[0], self.info.num_layers), np.nan, dtype=first.dtype)
+            for group, part in parts.items():
+                whole[:, list(self.layers[group])] = part
+            return whole
+        whole = np.zeros((self.info.num_layers, self.info.max_experts), dtype=first.dtype)
+        for group, part in parts.items():
+            whole[list(self.layers[group]), : part.shape[1]] = part
+        return whole
+
+    def _device_scalars(self) -> dict[str, float]:
+        if not self.device_scalars:
+            return {}
+        return dict(zip(self.device_scalars, map(float, self.copy.arrays()["scalars"]), strict=True))
+
+    def _summed(self, load: LoadRecord | None, rank_sum: RankSum) -> LoadRecord | None:
+        shape = (self.info.num_layers, self.info.max_experts)
+        counts = np.zeros((2, *shape), dtype=np.int64)
+        sums = np.zeros((2, *shape), dtype=np.float32)
+        token_sums_NL = np.full((len(TOKEN_SUMS), shape[0]), np.nan, dtype=np.float32)
+        if load is not None:
+            assert load.prob_sum_LE is not None
+            assert load.weight_sum_LE is not None
+            counts[0], counts[1] = load.counts_LE, 0 if load.dropped_LE is None else load.dropped_LE
+            sums[0], sums[1] = load.prob_sum_LE, load.weight_sum_LE
+            for row, name in enumerate(TOKEN_SUMS):
+                token_sums_NL[row] = load.token_sums.get(name, np.nan)
+        integers = np.append(counts.ravel(), 0 if load is None else load.tokens)
+        floats = np.concatenate([sums.ravel(), token_sums_NL.ravel()])
+        total = rank_sum.total(integers, floats, whole=load is not None)
+        if total is None or load is None or self.rank != 0:
+            return None
+        counts = total[0][:-1].reshape(counts.shape)
+        sums = total[1][: sums.size].reshape(sums.shape)
+        token_sums_NL = total[1][sums.size :].reshape(token_sums_NL.shape)
+        return LoadRecord(
+            step=load.step,
+            rank=0,
+            ts=load.ts,
+            tokens=int(total[0][-1]),
+            counts_LE=counts[0],
+            prob_sum_LE=sums[0],
+            weight_sum_LE=sums[1],
+            bias_LE=load.bias_LE,
+            dropped_LE=None if load.dropped_LE is None else counts[1],
+            token_sums={name: token_sums_NL[TOKEN_SUMS.index(name)] for name in load.token_sums},
+        )

@@ -1,0 +1,360 @@
+"""The probe: attached to a model, it turns each optimizer step into records and hands them to a sink.
+
+    probe = attach(model, sink)            # before torch.compile
+    for batch in batches:
+        ...                                # forward and backward of one or more micro-batches, optimizer step
+        probe.step(loss=loss, lr=lr)
+    probe.close()
+
+It never steers: loss, gradients and weights are the same bits with and without it. It never raises into
+training once its first step was recorded: errors are logged once, counted, written as events, and end it
+when they persist.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeviz.capture.collect import StepSums
+from moeviz.capture.failures import PATIENCE, Failures, ProbeError
+from moeviz.capture.load_batch import LoadBatch
+from moeviz.capture.rank_sum import RankSum
+from moeviz.capture.reading import Adapter
+from moeviz.capture.sample_batch import SampleBatch
+from moeviz.capture.samples import StepSamples
+from moeviz.capture.sites import find_sites
+from moeviz.capture.tap import Tap, When
+from moeviz.capture.transfer import HostCopy
+from moeviz.errors import MoevizError
+from moeviz.policy import SamplingPolicy
+from moeviz.records import EventRecord, LoadRecord, ModelInfo, Record, ScalarRecord, Sink
+
+
+def attach(
+    model: nn.Module,
+    sink: Sink,
+    *,
+    policy: SamplingPolicy | None = None,
+    info: ModelInfo | None = None,
+    rank: int = 0,
+    first_step: int = 0,
+    when: When = "training",
+    adapters: Sequence[Adapter] = (),
+    defer: bool = False,
+    process_group: Any = None,
+) -> Probe:
+    """Watch a model, before it is compiled.
+
+    Args:
+        model: any Mixture-of-Experts model, also wrapped in DistributedDataParallel or a DeepSpeed engine.
+        sink: where records go; closed with the probe.
+        policy: how much is sampled; loads and scalars are always complete.
+        info: replaces the description found (family, names); must have the same layers.
+        rank: of this process; token-level rows carry it.
+        first_step: number of the first step that `Probe.step` will end.
+        when: "training" measures forwards in train mode with gradients on, "always" every forward.
+        adapters: for routers that moeviz does not know; asked first.
+        defer: the sink takes deferred work (objects with `materialize()`) into a thread of its own.
+        process_group: sum loads over its ranks (a gloo group that nobody else uses); rank 0 writes them.
+
+    Raises:
+        ProbeError: a dense or compiled model, routers that no adapter reads, or an info of another model.
+    """
+    sites = find_sites(model, adapters)
+    if info is not None and _shape(info) != _shape(sites.info):
+        raise ProbeError(
+            f"info has layers of (experts, top-k) {_shape(info)} but the model has {_shape(sites.info)}; "
+            "leave info out, or describe this model"
+        )
+    probe = Probe(info or sites.info, sink, rank, first_step, defer, process_group)
+    probe._tap = Tap(sites, policy or SamplingPolicy(), when, probe._spoiled)
+    probe._tap.step = first_step
+    probe._tap.attach()
+    return probe
+
+
+def _shape(info: ModelInfo) -> list[tuple[int, int]]:
+    return [(layer.num_experts, layer.top_k) for layer in info.layers]
+
+
+class Probe:
+    """Watches one model; made by `attach` or `moeviz.watch`. Use as a context manager, or call `close`."""
+
+    _tap: Tap
+
+    def __init__(
+        self, info: ModelInfo, sink: Sink, rank: int, first_step: int, defer: bool, process_group: Any
+    ) -> None:
+        self.info = info
+        self.rank = rank
+        self.failures = Failures()
+        self.on_close: Callable[[BaseException | None], None] | None = None
+        """Called once when the probe closes, before the sink does, with the error that ended training."""
+        self._sink, self._defer = sink, defer
+        self._rank_sum = None if process_group is None else RankSum(process_group)
+        self._step = first_step
+        self._recorded = False
+        self._closed = False
+
+    def step(self, step: int | None = None, **scalars: float | Tensor) -> None:
+        """End an optimizer step: everything since the last call belongs to it.
+
+        Args:
+            step: its number; by default one more than the last.
+            **scalars: numbers of the step (loss, lr, grad_norm). Tensors stay on the device until written.
+
+        Raises:
+            ProbeError: at the first step only: nothing, or something inconsistent, was captured.
+            MoevizError: the probe is closed.
+        """
+        if self._closed:
+            raise MoevizError("this probe is closed; call moeviz.watch again to go on recording")
+        number = self._step if step is None else step
+        try:
+            self._finish_step(number, scalars)
+        except ProbeError as error:
+            if not self._recorded:
+                self._tap.detach()
+                raise
+            self._failed("the end of a step", error)
+        except Exception as error:
+            self._failed("the end of a step", error)
+        self._recorded = True
+        self.failures.end_step()
+        if self.failures.exhausted and self._tap.attached:
+            self._give_up()
+        self._step = self._tap.step = number + 1
+
+    def label(self, domains: Sequence[str | None] | str | None) -> None:
+        """Name the domains of the next sequences in order, one per row, before their forward.
+
+        A single string names every sequence until the step ends.
+        """
+        self._tap.sampler.label(domains)
+
+    def token_loss(self, loss_BS: Tensor) -> None:
+        """Loss of predicting the *next* token, at each position of the last micro-batch: nats, [B, S] or [B, S-1].
+
+        Raises:
+            MoevizError: at the first step only: the shape is not that of the micro-batch.
+        """
+        if self._tap.micro_batch is None:
+            return
+        try:
+            self._tap.sampler.add_loss(self._tap.micro_batch, loss_BS)
+        except Exception as error:
+            if not self._recorded and isinstance(error, MoevizError):
+                raise
+            self._failed("token_loss", error)
+
+    def scalars(
+        self, step: int, values: Mapping[str, float | Tensor] | None = None, **more: float | Tensor
+    ) -> None:
+        """Record numbers of a step besides those given to `step`, for example `{"val_loss/code": 1.2}`."""
+        try:
+            numbers = {name: float(value) for name, value in {**(values or {}), **more}.items()}
+        except Exception as error:
+            self._failed("scalars", error)
+            return
+        self._write(ScalarRecord(step=step, rank=self.rank, ts=time.time(), values=numbers))
+
+    def event(self, kind: str, step: int | None = None, **detail: Any) -> None:
+        """Record that something happened to the run, by default at the step in progress."""
+        number = self._step if step is None else step
+        self._write(EventRecord(step=number, rank=self.rank, ts=time.time(), kind=kind, detail=detail))
+
+    def flush(self) -> None:
+        """Make everything so far visible to readers."""
+        try:
+            self._sink.flush()
+        except Exception as error:
+            self._failed("flush", error)
+
+    def detach(self) -> None:
+        """Remove every hook: the model is as it was. `step` goes on recording scalars."""
+        self._tap.detach()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Detach and finish the records. Closing twice is allowed.
+
+        Args:
+            error: what ended training, if something did; a `with` block hands it over.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._tap.detach()
+        try:
+            if self.on_close is not None:
+                self.on_close(error)
+        except Exception as failure:
+            self._failed("close", failure)
+        try:
+            self._sink.close()
+        except Exception as failure:
+            self._failed("close of the sink", failure)
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are in place: False after `detach`, `close`, or too many failing steps."""
+        return self._tap.attached
+
+    @property
+    def next_step(self) -> int:
+        """Number of the step in progress."""
+        return self._step
+
+    def _finish_step(self, number: int, scalars: Mapping[str, float | Tensor]) -> None:
+        sums, samples = self._tap.take()
+        whole = not self.failures.spoiled and len(sums.layers_seen) == self.info.num_layers
+        if not whole and self._tap.attached:
+            self._explain_empty(sums)
+        load = self._load_batch(number, sums, scalars, whole)
+        if whole and not self._recorded:
+            self._check_first(load.load())
+        self._hand_on(load)
+        if whole and samples.sequences:
+            self._hand_on(self._sample_batch(number, sums, samples))
+
+    def _load_batch(
+        self, number: int, sums: StepSums, scalars: Mapping[str, float | Tensor], whole: bool
+    ) -> LoadBatch:
+        tensors: dict[str, Tensor] = {}
+        groups = self._tap.collector.groups
+        for index, total in sums.sums.items() if whole else ():
+            for name, values in zip(
+                ("counts", "dropped", "prob_sum", "weight_sum", "token_sums"), total, strict=True
+            ):
+                tensors[f"{name}/{index}"] = values
+            bias_LE = groups[index].bias()
+            if bias_LE is not None:
+                tensors[f"bias/{index}"] = bias_LE
+        if sums.valid_tokens is not None:
+            tensors["valid_tokens"] = sums.valid_tokens
+        on_device = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
+        if on_device:
+            numbers = [value.detach().float().mean() for value in on_device.values()]
+            tensors["scalars"] = torch.stack([n.to(numbers[0].device) for n in numbers])
+        return LoadBatch(
+            step=number,
+            rank=self.rank,
+            ts=time.time(),
+            info=self.info,
+            layers={index: group.layers for index, group in enumerate(groups)},
+            tokens=sums.tokens,
+            copy=HostCopy(tensors),
+            dropless=sums.dropless,
+            scalars={n: float(value) for n, value in scalars.items() if n not in on_device},
+            device_scalars=tuple(on_device),
+            rank_sum=self._rank_sum,
+            whole=whole,
+        )
+
+    def _sample_batch(self, number: int, sums: StepSums, samples: StepSamples) -> SampleBatch:
+        tensors = dict(samples.tensors)
+        for position, piece in enumerate(sums.routing):
+            tensors[f"experts/{position}"] = piece.experts_LNSK
+            tensors[f"weights/{position}"] = piece.weights_LNSK
+        alike: dict[tuple[int, int], list[int]] = {}
+        for layer in self.info.layers:
+            alike.setdefault((layer.num_experts, layer.top_k), []).append(layer.layer)
+        return SampleBatch(
+            step=number,
+            rank=self.rank,
+            copy=HostCopy(tensors),
+            sequences=samples.sequences,
+            routing=[(piece.layers, piece.micro_batch) for piece in sums.routing],
+            groups=list(alike.values()),
+            maps=samples.maps,
+            map_size=self._tap.map_size,
+        )
+
+    def _explain_empty(self, sums: StepSums) -> None:
+        """A step that missed routers: an error with a remedy at first, a warning and an event later."""
+        cause = self.failures.last if self.failures.spoiled else None
+        if not self._recorded:
+            message = (
+                f"recording failed: {type(cause).__name__}: {cause}"
+                if cause
+                else _no_router_seen(self.info, sums)
+            )
+            raise ProbeError(message) from cause
+        if cause is None:
+            message = _no_router_seen(self.info, sums)
+            if self.failures.say("empty step", f"{message}; training goes on, such steps have no loads"):
+                self.event("empty_step", message=message)
+
+    def _check_first(self, load: LoadRecord | None) -> None:
+        """Refuse at the first step what would be wrong at every step: each row of counts sums to tokens x K."""
+        assert load is not None
+        for layer, counts_E in zip(self.info.layers, load.counts_LE, strict=True):
+            total, expected = int(counts_E.sum()), load.tokens * layer.top_k
+            if total != expected:
+                raise ProbeError(
+                    f"router {layer.name} assigned {total} slots, not {load.tokens} tokens x "
+                    f"top_k={layer.top_k} = {expected}: it ran more or less often than the model, or saw other "
+                    "tokens than input_ids and attention_mask say; watch the module that you call, or hand an "
+                    "adapter"
+                )
+
+    def _hand_on(self, batch: LoadBatch | SampleBatch) -> None:
+        if self._defer:
+            self._sink.write(batch)  # type: ignore[arg-type]  # a sink with defer=True takes deferred work
+            return
+        for record in batch.materialize():
+            self._sink.write(record)
+
+    def _write(self, record: Record) -> None:
+        try:
+            self._sink.write(record)
+        except Exception as error:
+            self._failed(f"writing {type(record).__name__}", error)
+
+    def _spoiled(self, where: str, error: Exception) -> None:
+        self._failed(where, error, spoils=True)
+
+    def _failed(self, where: str, error: Exception, *, spoils: bool = False) -> None:
+        """Count an error; write an event the first time. Never raises."""
+        if not self.failures.note(where, error, spoils=spoils):
+            return
+        detail = {"where": where, "error": f"{type(error).__name__}: {error}"}
+        try:
+            self._sink.write(
+                EventRecord(
+                    step=self._step, rank=self.rank, ts=time.time(), kind="recording_failed", detail=detail
+                )
+            )
+        except Exception as again:
+            self.failures.note("writing an event", again)
+
+    def _give_up(self) -> None:
+        self._tap.detach()
+        message = (
+            f"recording failed in {PATIENCE} steps in a row: the probe detached itself; training goes on"
+        )
+        self.failures.say("give up", message)
+        self.event("detached", message=message)
+
+
+def _no_router_seen(info: ModelInfo, sums: StepSums) -> str:
+    missing = [layer.name for layer in info.layers if layer.layer not in sums.layers_seen]
+    return (
+        f"the step saw {len(sums.layers_seen)} of {info.num_layers} routers (missing: {', '.join(missing[:3])}"
+        f"{', ...' if len(missing) > 3 else ''}): call the watched model itself, in train mode with gradients on, "
+        "before step(); attach before torch.compile; after compiling the same class earlier in this process, call "
+        "torch._dynamo.reset() first"
+    )

@@ -1,0 +1,110 @@
+"""The token-level side of a step: which sequences are recorded, their tokens, losses and maps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeviz.capture.micro_batch import MicroBatch
+from moeviz.capture.sample_batch import MapPiece, SequencePiece
+from moeviz.capture.sampling import choose_rows
+from moeviz.errors import MoevizError
+from moeviz.policy import SamplingPolicy
+
+
+@dataclass(eq=False)
+class StepSamples:
+    """What was kept of the micro-batches of one step."""
+
+    sequences: list[SequencePiece] = field(default_factory=list)
+    maps: list[MapPiece] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """On the device, by the names of `SampleBatch.copy`."""
+
+
+class Sampler:
+    """Chooses sequences by the policy and keeps what belongs to them."""
+
+    def __init__(self, policy: SamplingPolicy, attention_sequences: int) -> None:
+        """`attention_sequences`: how many sequences of a step have maps at most; they are among those recorded."""
+        self.policy, self.attention_sequences = policy, attention_sequences
+        self.step = StepSamples()
+        self.rows_N: Tensor | None = None
+        """Rows of the micro-batch in progress that are recorded, on its device; None: none."""
+        self.attention_rows_N: Tensor | None = None
+        """Those of them whose attention is recorded."""
+        self._seen = 0
+        self._expected = 0
+        self._labels: deque[str | None] = deque()
+        self._label_of_all: str | None = None
+        self._rows: list[int] = []
+
+    def label(self, domains: Sequence[str | None] | str | None) -> None:
+        """Labels of the next sequences, in order; a string labels every sequence until the step ends."""
+        if domains is None or isinstance(domains, str):
+            self._label_of_all = domains
+        else:
+            self._labels.extend(domains)
+
+    def begin(self, micro_batch: MicroBatch, step: int) -> None:
+        """Choose the rows of a micro-batch that is about to run."""
+        policy, first = self.policy, self._seen
+        size = micro_batch.batch_size
+        labels = [self._labels.popleft() if self._labels else self._label_of_all for _ in range(size)]
+        self._seen += size
+        routes, attends = policy.routes_at(step), policy.attends_at(step)
+        taken = sum(len(piece.seqs) for piece in self.step.sequences)
+        wanted = policy.route_sequences if routes else self.attention_sequences if attends else 0
+        self._rows = choose_rows(first, size, self._expected, wanted, step, taken)
+        rows = self._rows
+        self.rows_N = self.attention_rows_N = None
+        if not rows:
+            return
+        source = micro_batch.ids_BS if micro_batch.ids_BS is not None else micro_batch.valid_BS
+        device = source.device if source is not None else None
+        chosen = torch.tensor(rows, device=device)
+        self.rows_N = chosen if routes else None
+        room = max(0, self.attention_sequences - taken)
+        self.attention_rows_N = chosen[:room] if attends and room else None
+        piece = SequencePiece(
+            micro_batch.index,
+            tuple(first + row for row in rows),
+            micro_batch.length,
+            tuple(labels[row] for row in rows),
+        )
+        self.step.sequences.append(piece)
+        for name, values in (("ids", micro_batch.ids_BS), ("valid", micro_batch.valid_BS)):
+            if values is not None:
+                self.step.tensors[f"{name}/{micro_batch.index}"] = values.index_select(0, chosen)
+
+    def add_maps(
+        self, micro_batch: int, layer: int, heads: Sequence[int], maps: Tensor, k_longer: int
+    ) -> None:
+        """Keep the maps [N, J, P, P] of one core."""
+        self.step.tensors[f"maps/{len(self.step.maps)}"] = maps
+        self.step.maps.append(MapPiece(layer, tuple(heads), micro_batch, maps.shape[0], k_longer))
+
+    def add_loss(self, micro_batch: MicroBatch, loss_BS: Tensor) -> None:
+        """Keep the losses of the recorded rows of the last micro-batch; [B, S] or [B, S-1]."""
+        size, length = micro_batch.batch_size, micro_batch.length
+        if loss_BS.shape not in ((size, length), (size, length - 1)):
+            raise MoevizError(
+                f"token_loss has shape {tuple(loss_BS.shape)}, but the last micro-batch was {(size, length)}; "
+                "hand over the loss of every position, [B, S] or [B, S-1], right after its forward"
+            )
+        if self._rows:
+            rows_N = torch.tensor(self._rows, device=loss_BS.device)
+            self.step.tensors[f"loss/{micro_batch.index}"] = loss_BS.detach().float().index_select(0, rows_N)
+
+    def take(self) -> StepSamples:
+        """The samples of the step, and a fresh start."""
+        done, self.step = self.step, StepSamples()
+        self._expected, self._seen = self._seen, 0
+        self._labels.clear()
+        self._label_of_all = None
+        self._rows, self.rows_N, self.attention_rows_N = [], None, None
+        return done

@@ -1,0 +1,197 @@
+"""The side of the probe that the model calls: hooks into slots, slots into sums, one forward at a time.
+
+A pre-hook on the root opens a micro-batch and wakes the hooks; a hook on the root collects and puts them to
+sleep. So several forwards make one step, a recomputation never counts, and evaluation passes leave no trace.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moeviz.capture.attention import block_maps, choose_heads, select
+from moeviz.capture.collect import Collector, StepSums, group_layers
+from moeviz.capture.failures import ProbeError
+from moeviz.capture.hooks import CoreSlot, RouterSlot, Switch, hook_core, hook_root, hook_router, in_backward
+from moeviz.capture.micro_batch import MicroBatch, parameter_names, read_call
+from moeviz.capture.reading import AttentionCall, Handle, Observe, ReadRouter
+from moeviz.capture.samples import Sampler, StepSamples
+from moeviz.capture.sites import Sites
+from moeviz.policy import SamplingPolicy
+
+When = Literal["training", "always"]
+"""When hooks are awake: in forwards of the root in train mode with gradients on, or in every forward."""
+
+_ATTENTION_SEQUENCES = 2
+"""Sequences per training step whose maps are recorded: maps are large, and a reader looks at one."""
+_HELD_ELEMENTS = 2**26
+"""Logits that wait for the end of a forward at most (256 MB in float32); more are reduced at once."""
+
+
+class Tap:
+    """Hooks on one model, and what they gathered since the last `take`."""
+
+    def __init__(
+        self, sites: Sites, policy: SamplingPolicy, when: When, on_error: Callable[[str, Exception], None]
+    ) -> None:
+        """`on_error(where, error)` is called with whatever goes wrong inside a forward."""
+        self._root, self._routers, self._cores = sites.root, sites.routers, sites.cores
+        self._attentions = sites.info.attentions
+        self._policy, self._when, self._on_error = policy, when, on_error
+        self.collector = Collector(group_layers(sites.routers))
+        self.sampler = Sampler(policy, _ATTENTION_SEQUENCES if when == "training" else sys.maxsize)
+        self.step = 0
+        """Number of the step in progress; decides what is sampled."""
+        self.micro_batch: MicroBatch | None = None
+        """The last one that was watched in this step."""
+        self._switch = Switch()
+        self._router_slots = [RouterSlot() for _ in sites.routers]
+        self._core_slots = [CoreSlot() for _ in sites.cores]
+        self._handles: list[Handle] = []
+        self._held = 0
+        self._names = parameter_names(sites.root)
+
+    def attach(self) -> None:
+        self._handles += hook_root(self._root, self._begin, self._end)
+        for layer, site in enumerate(self._routers):
+            guard = self._router_guard(layer, site.read)
+            self._handles.append(hook_router(site, self._router_slots[layer], self._switch, guard))
+        if self._policy.attention_every > 0 and self._policy.attention_heads > 0:
+            for index, core in enumerate(self._cores):
+                guard_core = self._core_guard(index)
+                self._handles.append(
+                    hook_core(
+                        core, self._core_slots[index], self._switch, self._policy.attention_heads, guard_core
+                    )
+                )
+
+    def detach(self) -> None:
+        """Remove every hook and let go of every tensor. The model is as it was."""
+        self._sleep()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._clear_slots()
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    @property
+    def map_size(self) -> int:
+        return self._policy.attention_size
+
+    def take(self) -> tuple[StepSums, StepSamples]:
+        """What the step gathered, and a fresh start."""
+        self._sleep()
+        self._clear_slots()
+        self.micro_batch = None
+        return self.collector.take(), self.sampler.take()
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._sleep()
+        trains = self._root.training and torch.is_grad_enabled()
+        if in_backward() or not (trains or self._when == "always"):
+            return
+        try:
+            self._clear_slots()
+            index = 0 if self.micro_batch is None else self.micro_batch.index + 1
+            self.micro_batch = micro_batch = _read_call(index, self._names, args, kwargs)
+            self.sampler.begin(micro_batch, self.step)
+            self.collector.count_tokens(micro_batch)
+            self._switch.rows_N = self.sampler.attention_rows_N
+            self._switch.attending = self._switch.rows_N is not None
+            self._switch.awake = True
+        except Exception as error:
+            self._on_error("the start of a forward", error)
+
+    def _end(self) -> None:
+        if not self._switch.awake:
+            return
+        self._sleep()
+        try:
+            self._collect()
+            for index, slot in enumerate(self._core_slots):
+                if slot.call is not None:
+                    self._keep_maps(index, slot.call)
+        except Exception as error:
+            self._on_error("the end of a forward", error)
+        self._clear_slots()
+
+    def _sleep(self) -> None:
+        self._switch.awake = self._switch.attending = False
+
+    def _clear_slots(self) -> None:
+        self._held = 0
+        for slot in self._router_slots:
+            slot.reading = None
+        for core in self._core_slots:
+            core.call = None
+
+    def _collect(self) -> None:
+        """Reduce what the router slots hold, and empty them."""
+        assert self.micro_batch is not None
+        readings = [slot.reading for slot in self._router_slots]
+        for slot in self._router_slots:
+            slot.reading = None
+        self._held = 0
+        with torch.no_grad():
+            self.collector.collect(self.micro_batch, readings, self.sampler.rows_N)
+
+    def _router_guard(self, layer: int, read: ReadRouter) -> Callable[..., None]:
+        slot = self._router_slots[layer]
+
+        def guarded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            try:
+                if in_backward():
+                    return
+                # A second call in one forward is a tiled layer or one that blocks share: both add up, and the
+                # check of the first step tells them apart.
+                if slot.reading is not None or self._held > _HELD_ELEMENTS:
+                    self._collect()
+                slot.reading = read(module, args, kwargs, output)
+                self._held += slot.reading.logits_TE.numel()
+            except Exception as error:
+                self._on_error(f"router {self._routers[layer].name}", error)
+
+        return guarded
+
+    def _core_guard(self, index: int) -> Observe:
+        def guarded(call: AttentionCall) -> None:
+            try:
+                rows_N = self._switch.rows_N
+                if rows_N is not None and not in_backward():
+                    heads = choose_heads(call.q_BHSD.shape[1], self._policy.attention_heads)
+                    self._keep_maps(index, select(call, rows_N, heads))
+            except Exception as error:
+                self._on_error(f"attention {self._cores[index].name}", error)
+
+        return guarded
+
+    def _keep_maps(self, index: int, chosen: AttentionCall) -> None:
+        """Compute the maps of a selected call; here, not in the writer, so that queries and keys are let go."""
+        assert self.micro_batch is not None
+        assert self._switch.rows_N is not None
+        valid_NS = self.micro_batch.valid_BS
+        rows_N: Tensor = self._switch.rows_N
+        with torch.no_grad(), torch.autocast(chosen.q_BHSD.device.type, enabled=False):
+            valid_NS = None if valid_NS is None else valid_NS.index_select(0, rows_N.to(valid_NS.device))
+            maps = block_maps(chosen, valid_NS, self._policy.attention_size)
+        info, k_longer = self._attentions[index], chosen.k_BGCD.shape[2] - chosen.q_BHSD.shape[2]
+        self.sampler.add_maps(self.micro_batch.index, info.layer, chosen.heads, maps, k_longer)
+
+
+def _read_call(
+    index: int, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> MicroBatch:
+    micro_batch = read_call(index, names, args, kwargs)
+    if micro_batch is None:
+        raise ProbeError(
+            "no argument of the model looks like token ids [B, S]; call it with input_ids as its first "
+            "argument or by keyword"
+        )
+    return micro_batch
