@@ -1,0 +1,1 @@
+"""Scenes to rows of styled text: no terminal, no store, no clock. The printed form (`--once`) uses the same."""

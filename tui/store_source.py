@@ -1,0 +1,147 @@
+"""Runs on disk as the view wants them: the one module of the terminal view that asks the store.
+
+Each archive has its own connection, because its questions come from a thread of their own and may take long, while
+the feed's must not wait.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeviz.metrics.load import load_rel, load_share
+from moeviz.records import ModelInfo
+from moeviz.store import queries
+from moeviz.store.catalog import find_runs
+from moeviz.store.feed import RunFeed
+from moeviz.store.reader import Store, open_run
+from tui.archive import Flow, RunRow, SequenceRef, Source, TokenTrace
+from tui.scene import LoadHistory
+
+MAX_SEQUENCES = 200
+FLOW_STEPS = 200
+"""Steps behind the newest sampled one whose tokens a flow counts: recent routing, not the whole run's."""
+
+
+def open_source(path: Path) -> Source:
+    """Open the run at `path` for watching.
+
+    Raises:
+        RunNotFoundError, CorruptRunError: as `moeviz.store.open_run`.
+    """
+    return Source(RunFeed(path), StoreArchive(path))
+
+
+class StoreArchive:
+    """Implements `tui.archive.Archive` over a run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._store: Store = open_run(path)
+
+    def loads(self, first_step: int, last_step: int) -> LoadHistory:
+        rows = queries.load_history(self._store, first_step, last_step)
+        info = self._store.info.model
+        num_experts_L = np.array([layer.num_experts for layer in info.layers])
+        steps, at_T = np.unique(rows["step"].to_numpy(), return_inverse=True)
+        counts_TLE = np.zeros((len(steps), info.num_layers, info.max_experts))
+        for at, layer, counts in zip(at_T, rows["layer"], rows["counts"], strict=True):
+            counts_TLE[at, layer, : len(counts)] = counts
+        rel_TLE = load_rel(load_share(counts_TLE), num_experts_L)
+        rel_TLE[:, np.arange(info.max_experts) >= num_experts_L[:, None]] = np.nan
+        return LoadHistory(steps, rel_TLE.astype(np.float32))
+
+    def sequences(self) -> list[SequenceRef]:
+        rows = queries.sequences(self._store, last=MAX_SEQUENCES)
+        return [
+            SequenceRef(
+                step=int(row.step),
+                rank=int(row.rank),
+                seq=int(row.seq),
+                domain=row.domain if isinstance(row.domain, str) else None,
+                num_tokens=int(row.n_tokens),
+                mean_loss=_number(row.mean_loss),
+            )
+            for row in rows.itertuples()
+        ]
+
+    def trace(self, ref: SequenceRef) -> TokenTrace:
+        arrays = queries.trace_arrays(self._store, ref.step, ref.seq, ref.rank)
+        return TokenTrace(
+            ref=ref,
+            layers=tuple(int(layer) for layer in arrays.layers_L),
+            experts_LSK=arrays.experts_LSK,
+            weights_LSK=arrays.weights_LSK,
+            texts=arrays.texts,
+            loss_S=arrays.loss_S,
+        )
+
+    def flow(self, layer: int) -> Flow | None:
+        info = self._store.info.model
+        sampled = queries.step_range(self._store, "routing")
+        if sampled is None or layer + 1 >= info.num_layers:
+            return None
+        last = sampled[1]
+        first = max(sampled[0], last - FLOW_STEPS + 1)
+        pairs = queries.transitions(self._store, (layer, layer + 1), first=first, last=last)
+        if pairs.empty:
+            return None
+        sizes = (info.layers[layer].num_experts, info.layers[layer + 1].num_experts)
+        counts_EE = np.zeros(sizes)
+        counts_EE[pairs["source"], pairs["target"]] = pairs["count"]
+        return Flow(layer=layer, next_layer=layer + 1, counts_EE=counts_EE, steps=_steps_words(first, last))
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class FolderLibrary:
+    """Implements `tui.archive.Library` over a folder of runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def runs(self) -> list[RunRow]:
+        shapes = {str(path): shape_words(info.model) for path, info in find_runs(self._folder)}
+        now = time.time()
+        return [_run_row(row, shapes, now) for row in queries.list_runs(self._folder).to_dict("records")]
+
+    def open(self, path: Path) -> Source:
+        return open_source(path)
+
+
+def _run_row(row: dict[str, Any], shapes: dict[str, str], now: float) -> RunRow:
+    step, planned, alerts = (_number(row[name]) for name in ("last_step", "planned_steps", "open_alerts"))
+    return RunRow(
+        path=Path(row["path"]),
+        name=row["name"],
+        state=row["state"],
+        step=-1 if math.isnan(step) else int(step),
+        planned_steps=None if math.isnan(planned) else int(planned),
+        shape=shapes.get(row["path"], ""),
+        loss=_number(row["loss"]),
+        worst_entropy=_number(row["worst_entropy"]),
+        open_alerts=0 if math.isnan(alerts) else int(alerts),
+        age_seconds=now - _number(row["created"]),
+    )
+
+
+def shape_words(info: ModelInfo) -> str:
+    """`24 × 64, top 8`; `16 × 8-64, top 2` where layers differ."""
+    if not info.layers:
+        return ""
+    experts = sorted({layer.num_experts for layer in info.layers})
+    top_k = sorted({layer.top_k for layer in info.layers})
+    span = [f"{values[0]}-{values[-1]}" if len(values) > 1 else str(values[0]) for values in (experts, top_k)]
+    return f"{info.num_layers} × {span[0]}, top {span[1]}"
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float | np.number) else math.nan
+
+
+def _steps_words(first: int, last: int) -> str:
+    return f"step {last}" if first == last else f"steps {first} to {last}"
