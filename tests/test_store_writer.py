@@ -1,0 +1,255 @@
+"""The writer: nothing acknowledged is lost, nothing is torn, a full disk costs nothing that fits in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from store_runs import Step, event, new_run, write_steps
+
+from moeviz.errors import MoevizError, RunNotFoundError
+from moeviz.store import writer as writer_module
+from moeviz.store.cover import SegmentName
+from moeviz.store.reader import open_run
+from moeviz.store.run import resume_run
+from moeviz.store.writer import SegmentWriter
+
+TESTS = Path(__file__).parent
+
+
+def steps_of(path: Path) -> list[int]:
+    with open_run(path) as store:
+        return store.sql("SELECT step FROM expert_load WHERE layer = 0 ORDER BY step")["step"].tolist()
+
+
+def test_a_killed_writer_loses_nothing_that_was_flushed_and_tears_nothing(tmp_path: Path) -> None:
+    path = new_run(tmp_path / "run")
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(TESTS)!r})
+        from store_runs import Step
+        from moeviz.store.writer import SegmentWriter
+        writer = SegmentWriter({str(path)!r}, flush_seconds=1e9)
+        for step in range(10_000):
+            for record in Step(step).records():
+                writer.write(record)
+            writer.flush()
+            print(step, flush=True)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(40)]
+        process.send_signal(signal.SIGKILL)
+        lines += process.stdout.readlines()
+    acknowledged = int(lines[-1])
+    found = steps_of(path)
+    assert found[: acknowledged + 1] == list(range(acknowledged + 1))
+    assert len(found) <= acknowledged + 2
+    with open_run(path) as store:
+        assert store.notes == []
+        for table in ("routing", "sequences", "scalars", "metrics"):
+            newest = store.sql(f"SELECT max(step) AS step FROM {table}")["step"].iloc[0]
+            assert newest >= acknowledged
+
+
+def test_leftovers_of_a_killed_writer_are_never_read_and_cleaned_at_the_next_start(tmp_path: Path) -> None:
+    path = new_run(tmp_path / "run")
+    write_steps(SegmentWriter(path), range(3))
+    leftover = path / "expert_load" / ".r0-a0.0-n4.4-s3.3-l0-9.parquet.tmp"
+    leftover.write_bytes(b"PAR1 half a file")
+    other = path / "expert_load" / ".r1-a0.0-n4.4-s3.3-l0-9.parquet.tmp"
+    other.write_bytes(b"another rank is writing this")
+    assert steps_of(path) == [0, 1, 2]
+    SegmentWriter(path)
+    assert not leftover.exists()
+    assert other.exists()
+
+
+def test_a_second_writer_goes_on_after_the_first(tmp_path: Path) -> None:
+    path = new_run(tmp_path / "run")
+    write_steps(SegmentWriter(path), range(3))
+    write_steps(SegmentWriter(path), range(3, 5))
+    assert steps_of(path) == [0, 1, 2, 3, 4]
+    with open_run(path) as store:
+        assert store.notes == []
+
+
+def test_ranks_write_side_by_side(tmp_path: Path) -> None:
+    path = new_run(tmp_path / "run", ranks=2)
+    for rank in (0, 1):
+        write_steps(SegmentWriter(path, rank=rank), range(4), rank=rank)
+    with open_run(path) as store:
+        seen = store.sql(
+            "SELECT rank, count(DISTINCT step) AS steps FROM routing GROUP BY rank ORDER BY rank"
+        )
+        assert store.notes == []
+    assert seen.to_numpy().tolist() == [[0, 4], [1, 4]]
+
+
+def test_loads_become_visible_after_everything_else_of_their_step(tmp_path: Path) -> None:
+    path = new_run(tmp_path / "run")
+    order: list[str] = []
+    original = writer_module.write_segment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            writer_module,
+            "write_segment",
+            lambda folder, *rest: order.append(folder.name) or original(folder, *rest),
+        )
+        write_steps(SegmentWriter(path), range(1))
+    assert order[-1] == "expert_load"
+    assert set(order) == {"routing", "sequences", "attention", "scalars", "metrics", "expert_load"}
+
+
+def test_it_flushes_by_itself_when_enough_has_gathered(tmp_path: Path) -> None:
+    path = new_run(tmp_path / "run")
+    small = SegmentWriter(path, flush_seconds=1e9, flush_bytes=1)
+    small.write(event(1, "checkpoint"))
+    assert small.stats.segments == 1
+    late = SegmentWriter(path, flush_seconds=0.0, flush_bytes=1e9)
+    late.write(event(2, "checkpoint"))
+    assert late.stats.segments == 1
+    patient = SegmentWriter(path, flush_seconds=1e9, flush_bytes=1e9)
+    patient.write(event(3, "checkpoint"))
+    assert patient.stats.segments == 0
+    patient.close()
+    assert patient.stats.segments == 1
+
+
+def test_names_say_the_steps_that_are_inside(tmp_path: Path) -> None:
+    path = new_run(tmp_path / "run")
+    write_steps(SegmentWriter(path, flush_seconds=1e9), range(5, 12), flush_every=3)
+    parsed = sorted(SegmentName.parse(one.name) for one in (path / "routing").glob("*.parquet"))
+    assert [(n.first_flush, n.first_step, n.last_step) for n in parsed if n] == [
+        (0, 0, 0),
+        (1, 5, 7),
+        (2, 8, 10),
+        (3, 11, 11),
+    ]
+
+
+class FullDisk:
+    """write_segment that fails with ENOSPC while `full`."""
+
+    def __init__(self, tables: set[str] | None = None) -> None:
+        self.full, self.tables, self.original = True, tables, writer_module.write_segment
+
+    def __call__(self, folder: Path, *rest: object) -> Path:
+        if self.full and (self.tables is None or folder.name in self.tables):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.original(folder, *rest)
+
+
+def test_a_full_disk_loses_nothing_once_there_is_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, disk = new_run(tmp_path / "run"), FullDisk()
+    monkeypatch.setattr(writer_module, "write_segment", disk)
+    writer = SegmentWriter(path, flush_seconds=1e9)
+    for step in range(4):
+        for record in Step(step).records():
+            writer.write(record)
+        with pytest.raises(OSError, match="No space left"):
+            writer.flush()
+    assert steps_of(path) == []
+    disk.full = False
+    writer.close()
+    assert steps_of(path) == [0, 1, 2, 3]
+    assert writer.stats.dropped_rows == 0
+    with open_run(path) as store:
+        assert store.sql("SELECT count(*) AS n FROM routing")["n"].iloc[0] == 4 * 3 * 3
+
+
+def test_small_tables_pass_while_a_large_one_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = new_run(tmp_path / "run")
+    monkeypatch.setattr(writer_module, "write_segment", FullDisk({"routing"}))
+    with pytest.raises(OSError, match="No space left"):
+        write_steps(SegmentWriter(path), range(1))
+    assert steps_of(path) == [0]
+
+
+def test_memory_stays_bounded_and_samples_go_before_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, disk = new_run(tmp_path / "run"), FullDisk()
+    monkeypatch.setattr(writer_module, "write_segment", disk)
+    writer = SegmentWriter(path, flush_seconds=1e9, retry_bytes=20_000)
+    for step in range(30):
+        for record in Step(step).records():
+            writer.write(record)
+        with pytest.raises(OSError, match="No space left"):
+            writer.flush()
+        assert writer._pending_bytes <= 20_000
+    disk.full = False
+    writer.close()
+    assert writer.stats.dropped_rows > 0
+    assert steps_of(path) == list(range(30))
+    with open_run(path) as store:
+        assert store.sql("SELECT count(*) AS n FROM routing")["n"].iloc[0] < 30 * 9
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def _fill(ballast: Path) -> None:
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+
+
+def test_a_really_full_disk_leaves_whole_files_only(small_disk: Path) -> None:
+    path = new_run(small_disk / "run")
+    ballast = small_disk / "ballast"
+    writer = SegmentWriter(path, flush_seconds=1e9)
+    write_steps(writer, range(1))
+    _fill(ballast)
+    with pytest.raises(OSError, match="No space left"):
+        write_steps(writer, range(1, 3), flush_every=2)
+    assert list(path.glob("*/.*.tmp")) == []
+    assert steps_of(path) == [0]
+    ballast.unlink()
+    writer.close()
+    assert steps_of(path) == [0, 1, 2]
+    with open_run(path) as store:
+        assert store.notes == []
+
+
+def test_closing_twice_is_allowed_and_writing_after_it_is_not(tmp_path: Path) -> None:
+    writer = SegmentWriter(new_run(tmp_path / "run"))
+    writer.close()
+    writer.close()
+    with pytest.raises(MoevizError, match="is closed"):
+        writer.write(event(1, "late"))
+
+
+def test_a_writer_wants_a_run_and_a_known_attempt(tmp_path: Path) -> None:
+    with pytest.raises(RunNotFoundError, match="no run at"):
+        SegmentWriter(tmp_path)
+    path = new_run(tmp_path / "run")
+    resume_run(path, 3)
+    assert SegmentWriter(path)._attempt.number == 1
+    with pytest.raises(MoevizError, match=r"attempt 7 is not one of the run's \(0, 1\)"):
+        SegmentWriter(path, attempt=7)
