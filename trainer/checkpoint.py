@@ -19,7 +19,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,7 @@ from moeviz.errors import MoevizError
 from trainer.checkpoint_folder import commit, discard, prepare, verify
 from trainer.config import TrainConfig
 from trainer.engine import Engine
+from trainer.text import Text
 from trainer.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "checkpoint.json", "model.safetensors", "tokenizer.json"
@@ -51,11 +52,27 @@ class Checkpoint:
     """Optimizer steps done; the next one has this index."""
     config: TrainConfig
     model_config: ModelConfig
+    text_key: str = ""
+    """`trainer.text.Text.key` of the data it was trained on."""
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The run's tokenizer; None for a run on token files without one."""
+        path = self.path / TOKENIZER_FILE
+        return path if path.exists() else None
 
 
-def save_checkpoint(
-    folder: Path, *, step: int, config: TrainConfig, engine: Engine, tokenizer: Tokenizer
-) -> Path:
+class LoadedCheckpoint(NamedTuple):
+    """What is needed to use a trained model."""
+
+    model: MoELanguageModel
+    tokenizer: Tokenizer | None
+    """None for a run on token files without one."""
+    config: TrainConfig
+    step: int
+
+
+def save_checkpoint(folder: Path, *, step: int, config: TrainConfig, engine: Engine, text: Text) -> Path:
     """Write `folder`/step-N, every rank its part. Returns the finished folder.
 
     Raises:
@@ -70,7 +87,7 @@ def save_checkpoint(
         engine.save_state(work)
         torch.save(_random_states(), work / f"rng-{engine.rank}.pt")
         if engine.rank == 0:
-            _describe(work, step, config, engine.module.config, tokenizer, weights)
+            _describe(work, step, config, engine.module.config, text, weights)
         engine.sum_ranks(torch.zeros(1))
         return commit(work, folder / f"step-{step:08d}", writes=engine.rank == 0)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -93,8 +110,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return _read_description(path)
 
 
-def load_checkpoint(path: str | Path) -> tuple[MoELanguageModel, Tokenizer, TrainConfig, int]:
-    """A checkpoint folder -> (model in evaluation mode on the CPU, tokenizer, training config, steps done).
+def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
+    """A checkpoint folder -> its model on the CPU in evaluation mode, tokenizer, training config, steps done.
 
     Raises:
         MoevizError: no checkpoint there, or a damaged one; the message names the file.
@@ -103,7 +120,8 @@ def load_checkpoint(path: str | Path) -> tuple[MoELanguageModel, Tokenizer, Trai
     model = MoELanguageModel(found.model_config)
     weights = load_file(found.path / WEIGHTS_FILE)
     model.load_state_dict(_with_tied(weights, model))
-    return model.eval(), load_tokenizer(found.path / TOKENIZER_FILE), found.config, found.step
+    tokenizer = load_tokenizer(found.tokenizer_file) if found.tokenizer_file else None
+    return LoadedCheckpoint(model.eval(), tokenizer, found.config, found.step)
 
 
 def restore(found: Checkpoint, engine: Engine) -> None:
@@ -123,26 +141,34 @@ def _describe(
     step: int,
     config: TrainConfig,
     model_config: ModelConfig,
-    tokenizer: Tokenizer,
+    text: Text,
     weights: Mapping[str, Tensor],
 ) -> None:
     save_file(_without_tied(weights, model_config), work / WEIGHTS_FILE)
-    tokenizer.save(work / TOKENIZER_FILE)
-    text = {"format": _FORMAT, "step": step, "train": config.to_dict(), "model": model_config.to_dict()}
-    (work / CONFIG_FILE).write_text(json.dumps(text, indent=1))
+    if text.tokenizer is not None:
+        text.tokenizer.save(work / TOKENIZER_FILE)
+    about = {
+        "format": _FORMAT,
+        "step": step,
+        "text_key": text.key,
+        "train": config.to_dict(),
+        "model": model_config.to_dict(),
+    }
+    (work / CONFIG_FILE).write_text(json.dumps(about, indent=1))
 
 
 def _read_description(path: Path) -> Checkpoint:
-    text = json.loads((path / CONFIG_FILE).read_text())
-    if text["format"] != _FORMAT:
+    about = json.loads((path / CONFIG_FILE).read_text())
+    if about["format"] != _FORMAT:
         raise MoevizError(
-            f"{path} is of format {text['format']}, not {_FORMAT}; use the version that wrote it"
+            f"{path} is of format {about['format']}, not {_FORMAT}; use the version that wrote it"
         )
     return Checkpoint(
         path=path,
-        step=text["step"],
-        config=TrainConfig.from_dict(text["train"]),
-        model_config=ModelConfig.from_dict(text["model"]),
+        step=about["step"],
+        config=TrainConfig.from_dict(about["train"]),
+        model_config=ModelConfig.from_dict(about["model"]),
+        text_key=about["text_key"],
     )
 
 

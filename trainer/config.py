@@ -234,18 +234,17 @@ class TrainConfig:
         _require(self.max_steps >= 1, f"max_steps={self.max_steps}", "is below 1; give the number of steps")
         _require(self.log_every >= 1, f"log_every={self.log_every}", "is below 1; 10 is usual")
         _require(self.seed >= 0, f"seed={self.seed}", "is negative; give 0 or a positive number")
-        if self.data.seq_len > self.model.max_seq_len:
-            raise MoevizError(
-                f"seq_len={self.data.seq_len} exceeds max_seq_len={self.model.max_seq_len}; "
-                "shorten the sequences or raise max_seq_len"
-            )
 
     @property
     def architecture(self) -> ModelConfig:
-        """The model's config as it is built: balancing by bias gives its routers a bias."""
-        if self.balance.balance != "bias" or self.model.router.selection_bias:
-            return self.model
-        return replace(self.model, router=replace(self.model.router, selection_bias=True))
+        """The model's config as it is built: as long as its sequences, with the bias that balancing needs."""
+        model = self.model
+        bias = model.router.selection_bias or self.balance.balance == "bias"
+        return replace(
+            model,
+            max_seq_len=max(model.max_seq_len, self.data.seq_len),
+            router=replace(model.router, selection_bias=bias),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data for JSON, the inverse of `from_dict`."""

@@ -1,0 +1,167 @@
+"""`moeviz train`: a preset, any of its values changed by a flag, and the run begins (or goes on).
+
+The flags are the fields of `trainer.config.TrainConfig`, under their own names. What a flag means is written
+there; here is only what a command line adds: presets as defaults, other spellings, a summary at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeviz.errors import MoevizError, require
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+    from trainer.train import TrainResult
+
+ALIASES = {
+    "--n-layers": "--num-layers",
+    "--n-heads": "--num-heads",
+    "--n-kv-heads": "--num-kv-heads",
+    "--n-experts": "--num-experts",
+    "--experts": "--num-experts",
+    "--steps": "--max-steps",
+    "--lr": "--learning-rate",
+    "--grad-accum": "--gradient-accumulation-steps",
+    "--block-size": "--seq-len",
+    "--data": "--train-data",
+    "--out": "--run",
+}
+"""Spellings of other trainers, by what they are called here."""
+
+_DESCRIPTION = """Train a Mixture-of-Experts language model.
+
+moeviz train --preset demo --log-routing       the tour: two minutes on a laptop, then `moeviz tui`
+moeviz train --preset olmoe-tiny --train-data my-texts/ --max-steps 5000
+moeviz train --resume runs/mine                 go on after a stop, bit for bit
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. Returns 0, or 130 when it was interrupted (after saving a checkpoint)."""
+    require("torch", "train", "training")
+    config = parse(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    from rich.console import Console
+
+    from trainer.progress import Silent, open_progress
+    from trainer.train import train
+
+    is_first = os.environ.get("RANK", "0") == "0"
+    console = Console(quiet=not is_first)
+    result = train(config, progress=open_progress(console, config.log_every) if is_first else Silent())
+    if is_first:
+        print(summary(result, config.log_routing), flush=True)
+    return 130 if result.interrupted else 0
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """Flags -> config. Wrong usage ends the process with status 2, as every flag parser does.
+
+    Raises:
+        MoevizError: an unknown preset, or nothing to resume.
+    """
+    import tyro
+
+    from trainer.config import TrainConfig
+
+    argv = _with_resume_value(_spelled_out(argv))
+    return tyro.cli(
+        TrainConfig,
+        default=_defaults(argv),
+        args=argv,
+        prog="moeviz train",
+        description=_DESCRIPTION,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _defaults(argv: list[str]) -> TrainConfig:
+    """What the flags change: the config of the checkpoint that is resumed, or a preset."""
+    from trainer.presets import train_preset
+
+    resume, preset = _value(argv, "--resume"), _value(argv, "--preset")
+    if resume in (None, "None") or "-h" in argv or "--help" in argv:
+        return train_preset(preset or "demo")
+    if preset is not None:
+        raise MoevizError(
+            f"--preset {preset} with --resume: a resumed run keeps its values; leave --preset out"
+        )
+    from trainer.resume import find_checkpoint
+
+    run = _value(argv, "--run")
+    found = find_checkpoint(resume, Path(run) if run else None, note=_warn)
+    return replace(found.config, resume=str(found.path), run=None)
+
+
+def _warn(text: str) -> None:
+    print(f"moeviz train: {text}", file=sys.stderr)
+
+
+def _spelled_out(argv: list[str]) -> list[str]:
+    """`--lr=1e-3` -> `--learning-rate=1e-3`, and underscores in names -> dashes."""
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+            word = ALIASES.get(name, name) + equals + value
+        words.append(word)
+    return words
+
+
+def _with_resume_value(argv: list[str]) -> list[str]:
+    """A bare `--resume` means the latest checkpoint."""
+    from trainer.resume import LATEST
+
+    words = []
+    for index, word in enumerate(argv):
+        words.append(word)
+        if word == "--resume" and (index + 1 == len(argv) or argv[index + 1].startswith("--")):
+            words.append(LATEST)
+    return words
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """The value a flag is given; the last one counts."""
+    value = None
+    for index, word in enumerate(argv):
+        if word == flag and index + 1 < len(argv):
+            value = argv[index + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def summary(result: TrainResult, log_routing: bool) -> str:
+    """What happened and what to do next, for people."""
+    lines = []
+    if result.evaluations:
+        lines += _table(result)
+    state = "interrupted" if result.interrupted else "done"
+    lines.append(f"{state}: {result.steps_done} steps in {result.run} ({result.seconds:.0f} s)")
+    if result.checkpoint is not None:
+        lines.append(f'  moeviz inspect {result.checkpoint} --text "..."')
+    if log_routing:
+        lines.append(f"  moeviz tui {result.run}        moeviz dash {result.run}")
+    if result.interrupted:
+        lines.append(f"  moeviz train --resume {result.run}")
+    return "\n".join(lines)
+
+
+def _table(result: TrainResult) -> list[str]:
+    """Held-out loss by domain, first and last evaluation."""
+    first, last = result.evaluations[min(result.evaluations)], result.evaluations[max(result.evaluations)]
+    width = max(len(domain) for domain in last)
+    lines = [f"{'validation':<{width}}  {'first':>7}  {'last':>7}  bits/byte"]
+    for domain, loss in last.items():
+        lines.append(
+            f"{domain:<{width}}  {first[domain].loss_nats:7.3f}  {loss.loss_nats:7.3f}"
+            f"  {loss.bits_per_byte:9.3f}"
+        )
+    return lines

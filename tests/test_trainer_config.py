@@ -1,0 +1,122 @@
+"""The configuration is checked data: every flag named once, every bad value refused with a remedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from model.config import ModelConfig
+from moeviz.errors import MoevizError
+from moeviz.policy import SamplingPolicy
+from trainer.config import (
+    BalanceConfig,
+    CheckpointConfig,
+    EngineConfig,
+    EvaluationConfig,
+    InputConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+    flag_names,
+)
+
+TRAINER_FLAGS = """
+--preset --run --resume --max-steps --seed --log-routing --log-every
+--train-data --val-data --tokenizer --validation-fraction --bytes-per-domain --domain-weights
+--seq-len --batch-size --gradient-accumulation-steps
+--learning-rate --weight-decay --beta1 --beta2 --adam-eps --grad-clip
+--schedule --warmup-steps --min-lr-ratio --decay-share --lr-steps
+--balance --aux-coef --z-coef --bias-step
+--route-every --route-sequences --attention-every --attention-heads --attention-size
+--eval-every --eval-sequences --save-every --keep-checkpoints
+--engine --zero-stage --dtype --device --threads
+"""
+
+
+def test_the_flags_of_the_trainer_are_these() -> None:
+    flags = flag_names()
+    model_flags = flag_names(ModelConfig)
+    assert [flag for flag in flags if flag not in model_flags] == TRAINER_FLAGS.split()
+    for flag in [
+        "--dim",
+        "--num-layers",
+        "--num-heads",
+        "--num-kv-heads",
+        "--num-experts",
+        "--top-k",
+        "--vocab-size",
+    ]:
+        assert flag in model_flags
+
+
+def test_every_flag_is_named_once() -> None:
+    flags = flag_names()
+    assert len(flags) == len(set(flags))
+
+
+def test_a_config_survives_json() -> None:
+    config = TrainConfig(
+        run=Path("runs/a"),
+        model=ModelConfig(num_experts=5, num_kv_heads=2, head_dim=6),
+        data=InputConfig(train_data="texts"),
+        sampling=SamplingPolicy(route_sequences="all"),
+        engine=EngineConfig(engine="deepspeed", zero_stage=2),
+    )
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_field_of_another_version_is_refused() -> None:
+    with pytest.raises(MoevizError, match=r"frobnicate.*use the version that wrote it"):
+        TrainConfig.from_dict(TrainConfig().to_dict() | {"frobnicate": 1})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InputConfig(batch_size=0), "batch_size=0 is below 1"),
+        (lambda: OptimConfig(learning_rate=0.0), "learning_rate=0.0 is not positive"),
+        (lambda: OptimConfig(beta2=1.0), "beta2=1.0 is not in"),
+        (lambda: OptimConfig(grad_clip=-1.0), "grad_clip=-1.0 is negative"),
+        (lambda: OptimConfig(adam_eps=0.0), "adam_eps=0.0 is not positive"),
+        (lambda: ScheduleConfig(min_lr_ratio=1.5), "min_lr_ratio=1.5 is not between"),
+        (lambda: ScheduleConfig(warmup_steps=-1), "warmup_steps=-1 is negative"),
+        (lambda: ScheduleConfig(lr_steps=0), "lr_steps=0 is below 1"),
+        (lambda: BalanceConfig(z_coef=-0.1), "z_coef=-0.1 is negative"),
+        (lambda: EvaluationConfig(eval_sequences=0), "eval_sequences=0 is below 1"),
+        (lambda: CheckpointConfig(keep_checkpoints=0), "keep_checkpoints=0 is below 1"),
+        (lambda: EngineConfig(threads=0), "threads=0 is below 1"),
+        (lambda: EngineConfig(engine="deepspeed", dtype="bf16", zero_stage=0), "use zero_stage=1"),
+        (lambda: TrainConfig(max_steps=0), "max_steps=0 is below 1"),
+    ],
+)
+def test_a_bad_value_names_itself_and_the_rule(make: object, message: str) -> None:
+    with pytest.raises(MoevizError, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_balancing_by_bias_gives_the_routers_a_bias_and_nothing_else_changes() -> None:
+    config = TrainConfig(balance=BalanceConfig(balance="bias"))
+    assert config.architecture.router.selection_bias
+    back = replace(config.architecture, router=replace(config.architecture.router, selection_bias=False))
+    assert back == config.model
+    assert TrainConfig(balance=BalanceConfig(balance="aux")).architecture == config.model
+
+
+def test_longer_sequences_make_the_model_longer() -> None:
+    assert TrainConfig(data=InputConfig(seq_len=700)).architecture.max_seq_len == 700
+    assert TrainConfig(data=InputConfig(seq_len=7)).architecture.max_seq_len == ModelConfig().max_seq_len
+
+
+def test_tokens_of_a_step_count_every_micro_batch() -> None:
+    data = InputConfig(batch_size=3, gradient_accumulation_steps=5, seq_len=7)
+    assert (data.sequences_per_step, data.tokens_per_step) == (15, 105)
+
+
+def test_reading_a_config_needs_no_torch() -> None:
+    code = "import sys, trainer.config, trainer.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,112 @@
+"""Putting a run together: text, model, engine, recorder, and the state of a checkpoint where there is one.
+
+The order matters. Cheap refusals come first; the seed is set just before the model draws its weights; the
+recorder attaches its hooks last, so nothing it does can touch the numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from model.lm import MoELanguageModel
+from moeviz.errors import MoevizError
+from trainer.checkpoint import Checkpoint, restore
+from trainer.checkpoint_folder import list_checkpoints, set_aside_after
+from trainer.config import TrainConfig
+from trainer.engine import Engine, build_engine, set_threads
+from trainer.progress import Progress, alert_line
+from trainer.recorder import Recorder, open_recorder
+from trainer.resume import CHECKPOINTS, check_resumable, find_checkpoint, run_of
+from trainer.schedule import LearningRate, learning_rate_of
+from trainer.text import Text, open_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """Everything that the loop uses."""
+
+    config: TrainConfig
+    run: Path
+    engine: Engine
+    text: Text
+    learning_rate: LearningRate
+    recorder: Recorder
+    first_step: int
+    """Steps that a resumed run has behind it."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.run / CHECKPOINTS
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, all ranks."""
+        return self.config.data.tokens_per_step * self.engine.world_size
+
+    def close(self, error: BaseException | None) -> None:
+        """Finish the recording and release the engine; `error` is what ended training, if something did."""
+        self.recorder.close(error)
+        self.engine.destroy()
+
+
+def assemble(config: TrainConfig, progress: Progress) -> Assembly:
+    """Build all parts of a run, at its beginning or at the checkpoint that `config.resume` means.
+
+    Raises:
+        MoevizError: see `trainer.train.train`.
+    """
+    found = None
+    if config.resume is not None:
+        found = find_checkpoint(config.resume, config.run, note=progress.note)
+        check_resumable(found, config)
+        run = run_of(found)
+    else:
+        run = _new_folder(config)
+    set_threads(config.engine.threads)
+    text = open_text(config, tokenizer_file=found.tokenizer_file if found else None)
+    engine = _engine(config, text, found, progress)
+    first_step = found.step if found else 0
+    if found and engine.rank == 0:
+        for path in set_aside_after(run / CHECKPOINTS, found.step):
+            progress.note(f"{path} holds later steps, which are trained again now; it is kept, renamed")
+    return Assembly(
+        config=config,
+        run=run,
+        engine=engine,
+        text=text,
+        learning_rate=learning_rate_of(config, config.data.tokens_per_step * engine.world_size),
+        recorder=open_recorder(
+            config,
+            run,
+            engine,
+            text,
+            first_step if found else None,
+            lambda alert: progress.note(alert_line(alert)),
+        ),
+        first_step=first_step,
+    )
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    run = config.run or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    if (run / "run.json").exists() or list_checkpoints(run / CHECKPOINTS):
+        raise MoevizError(f"{run} already holds a run; go on with --resume {run}, or name another folder")
+    return run
+
+
+def _engine(config: TrainConfig, text: Text, found: Checkpoint | None, progress: Progress) -> Engine:
+    torch.manual_seed(config.seed)
+    if found is None:
+        return build_engine(MoELanguageModel(text.fit(config.architecture)), config)
+    if found.text_key != text.key:
+        progress.note(
+            "the training text is not the one of the checkpoint: going on with the new one, not bit for bit"
+        )
+    engine = build_engine(MoELanguageModel(found.model_config), config)
+    restore(found, engine)
+    return engine

@@ -1,0 +1,72 @@
+"""From a config to batches: which text, which tokenizer, and a model whose vocabulary fits it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from model.config import ModelConfig
+from trainer.config import TrainConfig
+from trainer.data import DataConfig, open_data
+from trainer.data_batches import TokenBatches
+from trainer.evaluate import token_lengths
+from trainer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What a run reads."""
+
+    batches: TokenBatches
+    tokenizer: Tokenizer | None
+    """None for token files without a tokenizer."""
+    key: str
+    """Changes when any token of the training or validation data does; empty for token files."""
+
+    @property
+    def token_bytes_V(self) -> np.ndarray | None:
+        """Length of every token in bytes."""
+        return token_lengths(self.tokenizer) if self.tokenizer else None
+
+    def fit(self, model: ModelConfig) -> ModelConfig:
+        """The model's config with as many token ids as the text has: a small text gives a small
+        vocabulary.
+        """
+        return replace(model, vocab_size=self.batches.shards.vocab_size)
+
+
+def open_text(config: TrainConfig, *, tokenizer_file: Path | None = None, quiet: bool = False) -> Text:
+    """Open the data of a run, building corpus, tokenizer and shards where the cache has none.
+
+    Args:
+        tokenizer_file: the tokenizer of a run that is resumed, in place of the one the config asks for.
+        quiet: show no progress bar.
+
+    Raises:
+        MoevizError: no such data, or nothing in it.
+    """
+    data = config.data
+    source = DataConfig(
+        source=data.train_data,
+        validation_source=data.val_data,
+        tokenizer=str(tokenizer_file) if tokenizer_file else data.tokenizer,
+        vocab_size=config.model.vocab_size,
+        validation_fraction=data.validation_fraction,
+        bytes_per_domain=data.bytes_per_domain,
+    )
+    opened = open_data(source, quiet=quiet)
+    batches = TokenBatches(
+        opened.shards,
+        batch_size=data.batch_size,
+        seq_len=data.seq_len,
+        seed=config.seed,
+        weights=data.domain_weights,
+        micro_batches=data.gradient_accumulation_steps,
+    )
+    return Text(
+        batches=batches,
+        tokenizer=opened.tokenizer,
+        key=opened.shards.path.name if opened.shards.path else "",
+    )
