@@ -194,8 +194,11 @@ class _RunSink:
     def end(self, probe: Probe, error: BaseException | None) -> None:
         """Say how the run ended; whether it is packed follows from it."""
         self._clean = error is None
-        detail: dict[str, Any] = {"status": "finished" if error is None else "failed"}
-        if error is not None:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        detail: dict[str, Any] = {
+            "status": "finished" if error is None else "interrupted" if interrupted else "failed"
+        }
+        if error is not None and not interrupted:
             detail["error"] = f"{type(error).__name__}: {error}"
         if probe.failures.count:
             detail["recording_errors"] = probe.failures.count
