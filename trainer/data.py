@@ -156,7 +156,7 @@ def _trained(source: Source, config: DataConfig, quiet: bool, root: Path | None)
 
             def counted() -> Iterator[str]:
                 for text in training_sample(source, config.validation_fraction):
-                    advance(len(text))
+                    advance(len(text.encode("utf-8", "surrogatepass")))
                     yield text
 
             tokenizer = train_tokenizer(counted(), vocab_size=config.vocab_size)

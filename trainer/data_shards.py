@@ -148,7 +148,7 @@ class _Builder:
                     self._write("train", document, row)
                     if prints:
                         found.add(fingerprints(document.text))
-                advance(sum(len(document.text) for document in batch))
+                advance(sum(document.num_bytes for document in batch))
         copies = {name for name, own in prints.items() if found.share(own) > NEAR_COPY}
         for document, row in waiting:
             if document.id not in copies:

@@ -13,8 +13,8 @@ from trainer.corpus.dice import Dice, capital, words
 Exercise = Callable[[Dice], str]
 
 _NAMES = words("Mara Tom Priya Jonas Lin Ada Omar Ines Felix Ruth Kofi Elsa Noor Ivan")
-_GOODS = (
-    "pencils notebooks apples tickets lamps loaves tiles candles postcards bulbs marbles maps buckets".split()
+_GOODS = words(
+    "pencils notebooks apples tickets lamps loaves tiles candles postcards bulbs marbles maps buckets"
 )
 _BARGAINS = words("coat bicycle desk radio tent kettle clock carpet guitar ladder telescope")
 _PLACES = words("the harbour|the mill|Northfield|the old bridge|the library|Easton|the lake|Harrow Hill")

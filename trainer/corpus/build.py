@@ -111,7 +111,7 @@ def _build(folder: Path, config: CorpusConfig, quiet: bool) -> None:
         documents = []
         for document in without_copies(_all_texts(domains, config)):
             documents.append(document)
-            advance(len(document.text))
+            advance(document.num_bytes)
     kept = _split(documents, config.validation_fraction)
     entries = {}
     for domain in domains:
@@ -160,7 +160,7 @@ def _write_domain(folder: Path, domain: Domain, documents: list[Document]) -> di
         "description": domain.description,
         "documents": len(documents),
         "validation_documents": sum(document.split == "validation" for document in documents),
-        "bytes": sum(len(document.text.encode()) for document in documents),
+        "bytes": sum(document.num_bytes for document in documents),
         "sha256": content.hexdigest(),
     }
 

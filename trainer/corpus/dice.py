@@ -16,6 +16,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
+_DASH = re.compile(r"^- ", re.MULTILINE)
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -67,6 +68,12 @@ class Dice:
 def words(text: str) -> tuple[str, ...]:
     """A list written as one string: cut at `|` where there is one, else at blanks."""
     return tuple(text.split("|") if "|" in text else text.split())
+
+
+def dashed(text: str) -> tuple[str, ...]:
+    """The items of a list that is written with a dash before each and may run over several lines."""
+    items = _DASH.split(text)[1:]
+    return tuple(" ".join(item.split()) for item in items)
 
 
 def capital(text: str) -> str:

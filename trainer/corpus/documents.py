@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Split = Literal["train", "validation"]
@@ -24,9 +25,14 @@ class Document:
     split: Split | None = None
     """Set when its source has decided already; None lets the content decide."""
 
-    @property
+    @cached_property
     def id(self) -> str:
         return document_id(self.text)
+
+    @property
+    def num_bytes(self) -> int:
+        """Length in UTF-8."""
+        return len(self.text.encode("utf-8", "surrogatepass"))
 
 
 def document_id(text: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-from trainer.corpus import arithmetic, installed, logs, standard_library
+from trainer.corpus import arithmetic, dialogue, installed, logs, parallel, standard_library, stories
 from trainer.corpus.dice import Dice
 
 Layer = Literal["generated", "standard library", "installed"]
@@ -35,13 +35,25 @@ def _generated(name: str, description: str, write: Callable[[Dice], str]) -> Dom
     return Domain(name=name, layer="generated", description=description, texts=texts)
 
 
+def _parallel(language: parallel.Language) -> Domain:
+    """One language of the parallel tales: all four draw document i with the same dice."""
+
+    def texts(seed: int) -> Iterator[str]:
+        return (parallel.write(Dice(seed, "parallel", index), language) for index in count())
+
+    return Domain(name=language, layer="generated", description=f"short tales in {language}", texts=texts)
+
+
 def _found(name: str, layer: Layer, description: str, find: Callable[[], Iterator[str]]) -> Domain:
     return Domain(name=name, layer=layer, description=description, texts=lambda seed: find())
 
 
 DOMAINS: tuple[Domain, ...] = (
     _generated("arithmetic", "exercises with their workings", arithmetic.write),
+    _generated("stories", "short stories in English", stories.write),
+    _generated("dialogue", "conversations in English", dialogue.write),
     _generated("json", "structured logs of services", logs.write),
+    *(_parallel(language) for language in parallel.LANGUAGES),
     _found("python", "standard library", "definitions of the standard library", standard_library.python_code),
     _found("manual", "standard library", "the language reference and docstrings", standard_library.manual),
     _found("unicode", "standard library", "characters and their names", standard_library.unicode_names),

@@ -10,12 +10,16 @@ import inspect
 import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from trainer.corpus.standard_library import in_hash_order, pieces
 
 _HEADER_FOLDERS = ("c10", "ATen/core", "ATen/native", "ATen/cpu", "ATen/detail", "torch/csrc")
 _DOCTEST_PACKAGES = ("sympy", "mpmath", "networkx")
+_PIECE_CHARS = 2500
+_PIECES_PER_FILE = 4
+"""Few pieces of many headers: one long file must not fill the quota."""
 _SKIPPED = {"tests", "test", "benchmarks", "__pycache__"}
 _LICENCE = re.compile(r"\A\s*(?:/\*.*?\*/\s*|(?://[^\n]*\n\s*)+)", re.DOTALL)
 _DOCSTRING = re.compile(r':\s*\n\s+r?"""(.{200,6000}?)"""', re.DOTALL)
@@ -29,7 +33,8 @@ def cpp_headers() -> Iterator[str]:
     folders = [root / "include" / name for name in _HEADER_FOLDERS]
     for path in in_hash_order(path for folder in folders for path in _walk(folder, ".h")):
         text = path.read_text(encoding="utf-8", errors="replace")
-        yield from (piece for piece in pieces(_LICENCE.sub("", text, count=1)) if len(piece) > 200)
+        found = (piece for piece in pieces(_LICENCE.sub("", text, count=1), _PIECE_CHARS) if len(piece) > 200)
+        yield from islice(found, _PIECES_PER_FILE)
 
 
 def doctests() -> Iterator[str]:

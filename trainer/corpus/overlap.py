@@ -1,7 +1,7 @@
 """Near-copies: which validation documents mostly repeat training text.
 
 Two files that differ in one line have different hashes and can land on both sides of the split, and a model
-that recites then looks like one that generalises. Every window of 48 bytes is hashed (a polynomial modulo
+that recites then looks like one that generalises. Every window of 96 bytes is hashed (a polynomial modulo
 2**64), one window in 16 is kept by its hash alone, so that a passage keeps the same windows wherever it
 stands (Manber, "Finding similar files in a large file system", 1994; Schleimer et al., "Winnowing", 2003). A
 validation document with more than half of its kept windows in the training text is a near-copy.
@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-WINDOW_BYTES = 48
+WINDOW_BYTES = 96
+"""A sentence or two: shorter windows would count the stock phrases of a domain as copies."""
 KEEP_ONE_IN = 16
 NEAR_COPY = 0.5
 """Share of a document's fingerprints that may appear in the training text."""

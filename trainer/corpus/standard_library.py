@@ -30,6 +30,8 @@ _SKIPPED = {
 _PIECE_CHARS = 4000
 _TOP_LEVEL = re.compile(r"^(?=(?:def|class|async def|@)\b|@)", re.MULTILINE)
 _DOCSTRING = re.compile(r':\s*\n\s+r?"""(.{200,4000}?)"""', re.DOTALL)
+_SCRIPTS = ((0x20, 0x3400), (0xA000, 0xAC00), (0xFB00, 0xFE00), (0x10000, 0x10900), (0x1D400, 0x1FB00))
+"""Code points without the ideographs and syllables whose names are numbers."""
 _TITLE_RULE = re.compile(r"^\*{4,}\n?", re.MULTILINE)
 
 
@@ -53,7 +55,9 @@ def manual() -> Iterator[str]:
 
 def unicode_names() -> Iterator[str]:
     """Runs of sixteen characters with code point, category and name, from all over the table."""
-    starts = sorted(range(0x21, 0x1FB00, 16), key=lambda start: _rank(f"{start:x}"))
+    starts = sorted(
+        (s for first, end in _SCRIPTS for s in range(first, end, 16)), key=lambda s: _rank(f"{s:x}")
+    )
     for start in starts:
         rows = [row for row in map(_character_row, range(start, start + 16)) if row]
         if len(rows) >= 4:
