@@ -1,1 +1,27 @@
+"""Figures: a table in, a plotly Figure out, and nothing else. Dashboards and notebooks draw the same ones.
 
+No function here asks a store, reads a file or shows anything. Statistics (table to table) are functions of their own,
+so that a test or a notebook can have the numbers without the drawing.
+"""
+
+from __future__ import annotations
+
+from moeviz.plots.attention import attention_map
+from moeviz.plots.curves import alert_spans, metric_curves
+from moeviz.plots.loads import load_bars, load_river, load_time_map, river_groups
+from moeviz.plots.paths import PathLinks, lift_matrix, path_links, path_sankey, strongest_routes
+
+__all__ = [
+    "PathLinks",
+    "alert_spans",
+    "attention_map",
+    "lift_matrix",
+    "load_bars",
+    "load_river",
+    "load_time_map",
+    "metric_curves",
+    "path_links",
+    "path_sankey",
+    "river_groups",
+    "strongest_routes",
+]
