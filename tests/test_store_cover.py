@@ -48,7 +48,7 @@ def test_other_files_are_no_segments(text: str) -> None:
     assert cover([text], 0) == []
 
 
-def merge_history(seed: int) -> list[tuple[float, list[SegmentName]]]:
+def merge_history(seed: int) -> list[tuple[float, list[SegmentName], int]]:
     """A folder over time: random flushes, merges with a delay, deletions a grace period after activation."""
     rng = np.random.default_rng(seed)
     delay, grace = 5.0, 60.0

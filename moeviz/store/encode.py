@@ -225,7 +225,7 @@ def _metric_rows(step: int, values: Mapping[str, np.ndarray | float]) -> Rows:
 
 
 def _constant(value: float, size: int, type_: pa.DataType) -> pa.Array:
-    return pa.array(np.full(size, value), type_)
+    return pa.repeat(pa.scalar(value, type_), size)
 
 
 def _lists(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:

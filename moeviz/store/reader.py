@@ -28,6 +28,16 @@ from moeviz.store.views import DECISIONS_SQL, quoted
 
 _T = TypeVar("_T")
 
+_QUERY_ERRORS = (
+    duckdb.ParserException,
+    duckdb.BinderException,
+    duckdb.CatalogException,
+    duckdb.DataError,
+    duckdb.PermissionException,
+    duckdb.OutOfMemoryException,
+)
+"""Errors of the SQL itself: listing the files again would not help."""
+
 
 def open_run(path: str | Path) -> Store:
     """Open a run for reading.
@@ -164,7 +174,9 @@ class Store:
         for thorough in (False, True):
             try:
                 return ask()
-            except (duckdb.IOException, duckdb.InvalidInputException):
+            except _QUERY_ERRORS:
+                raise
+            except duckdb.Error:
                 self._refresh(anew=True, thorough=thorough)
                 self._create_views()
         return ask()
