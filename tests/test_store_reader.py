@@ -60,8 +60,7 @@ def writing(path: Path, steps: int) -> subprocess.Popen[str]:
         sys.path.insert(0, {str(TESTS)!r})
         from store_runs import Step
         from moeviz.store.compact import Rules, compact_run
-        from moeviz.store.views import write_database
-from moeviz.store.writer import SegmentWriter
+        from moeviz.store.writer import SegmentWriter
         writer = SegmentWriter({str(path)!r}, flush_seconds=1e9)
         print("ready", flush=True)
         for step in range({steps}):
