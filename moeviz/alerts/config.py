@@ -69,9 +69,11 @@ class AlertConfig:
     """LOAD_DRIFT also needs the utilisation to have fallen this far below its baseline."""
     swing_autocorr: float = -0.4
     swing_clear_autocorr: float = -0.2
-    swing_amplitude: float = 3.0
-    swing_clear_amplitude: float = 2.0
-    """BIAS_OSCILLATION: lag-1 autocorrelation of the loads, and swing in sampling standard deviations."""
+    swing_amplitude: float = 2.0
+    swing_clear_amplitude: float = 1.5
+    """BIAS_OSCILLATION: lag-1 autocorrelation of the loads, and swing in sampling standard deviations ..."""
+    swing_floor: float = 0.1
+    """... but at least this share of an even load: in large batches a harmless alternation stands out too."""
 
     bias_scores: float = 0.5
     bias_clear_scores: float = 0.4

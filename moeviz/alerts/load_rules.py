@@ -134,9 +134,10 @@ def _drift(drift: Drift, view: LoadView, config: AlertConfig, judged_L: np.ndarr
 def _oscillation(statistics: LoadStatistics, config: AlertConfig, judged_L: np.ndarray) -> Reading:
     value_L = statistics.swing_L / np.maximum(statistics.swing_noise_L, 1e-12)
     autocorr_L = statistics.autocorr_L
+    wide_L = (value_L > config.swing_amplitude) & (statistics.swing_L > config.swing_floor)
     return Reading(
         "BIAS_OSCILLATION",
-        raise_L=(autocorr_L < config.swing_autocorr) & (value_L > config.swing_amplitude),
+        raise_L=(autocorr_L < config.swing_autocorr) & wide_L,
         clear_L=(autocorr_L > config.swing_clear_autocorr) | (value_L < config.swing_clear_amplitude),
         judged_L=judged_L,
         value_L=value_L,

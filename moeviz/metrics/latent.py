@@ -1,0 +1,99 @@
+"""How much of a latent space is used.
+
+Compressed key/value vectors, and the slots of two-stage latent attention.
+
+N tokens (at least ten times the width), C latent width, H heads, M slots, S positions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeviz.metrics.load import entropy_nats
+
+
+def participation_ratio(latents_NC: np.ndarray) -> float:
+    """(sum lambda)^2 / sum lambda^2 of the covariance's eigenvalues: 1 to C dimensions."""
+    eigenvalues_C = np.linalg.svd(latents_NC - latents_NC.mean(axis=0), compute_uv=False) ** 2
+    return float(eigenvalues_C.sum() ** 2 / (eigenvalues_C**2).sum())
+
+
+def effective_rank(matrix: np.ndarray) -> float:
+    """exp of the entropy of the normalised singular values: 1 to the rank. Roy & Vetterli 2007."""
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    return float(np.exp(entropy_nats(singular / singular.sum())))
+
+
+def latent_erank(latents_NC: np.ndarray) -> float:
+    """Effective rank of centred latents: dimensions in use, 1 to C.
+
+    After W_UK or W_UV it counts what is read.
+    """
+    return effective_rank(latents_NC - latents_NC.mean(axis=0))
+
+
+def latent_util(latents_NC: np.ndarray) -> float:
+    """Effective rank over width: 0 to 1."""
+    return latent_erank(latents_NC) / latents_NC.shape[1]
+
+
+def dims_for_variance(latents_NC: np.ndarray, share: float = 0.9) -> int:
+    """Fewest principal dimensions that hold `share` of the variance."""
+    variance_C = np.linalg.svd(latents_NC - latents_NC.mean(axis=0), compute_uv=False) ** 2
+    return int(np.searchsorted(np.cumsum(variance_C) / variance_C.sum(), share - 1e-12) + 1)
+
+
+def latent_dead(latents_NC: np.ndarray) -> int:
+    """Dimensions whose standard deviation is below 1 % of the median one."""
+    deviation_C = latents_NC.std(axis=0)
+    return int((deviation_C < 0.01 * np.median(deviation_C)).sum())
+
+
+def slot_mass(write_SM: np.ndarray) -> np.ndarray:
+    """Mean attention that tokens pay to each slot, `[..., M]`: sums to 1, even 1/M.
+
+    The load of a latent slot.
+    """
+    return write_SM.mean(axis=-2)
+
+
+def slot_n_eff(write_SM: np.ndarray) -> np.ndarray:
+    """Effective number of slots, exp H(slot mass): 1 to M."""
+    return np.exp(entropy_nats(slot_mass(write_SM)))
+
+
+def slot_dead(write_SM: np.ndarray) -> np.ndarray:
+    """Slots with less than 2 % of an even share of the mass."""
+    mass_M = slot_mass(write_SM)
+    return (mass_M < 0.02 / mass_M.shape[-1]).sum(axis=-1)
+
+
+def read_entropy(read_MS: np.ndarray) -> np.ndarray:
+    """Mean entropy of a slot's view of the tokens / ln S: 0 reads one token, 1 reads all alike.
+
+    Leading shape.
+    """
+    return entropy_nats(read_MS).mean(axis=-1) / np.log(read_MS.shape[-1])
+
+
+def write_entropy(write_SM: np.ndarray) -> np.ndarray:
+    """Mean entropy of a token's choice of slots / ln M: 0 to 1. Leading shape."""
+    return entropy_nats(write_SM).mean(axis=-1) / np.log(write_SM.shape[-1])
+
+
+def slot_overlap(read_MS: np.ndarray) -> float:
+    """Mean cosine of what two slots read: 1 when slots are copies of each other."""
+    unit_MS = read_MS / np.linalg.norm(read_MS, axis=-1, keepdims=True)
+    slots = unit_MS.shape[-2]
+    squared = np.linalg.norm(unit_MS.sum(axis=-2), axis=-1) ** 2
+    return float(((squared - slots) / (slots * (slots - 1))).mean())
+
+
+def effective_map_rank(write_SM: np.ndarray, read_MS: np.ndarray) -> float:
+    """Effective rank of the token-to-token map write @ read: at most M."""
+    return effective_rank(write_SM @ read_MS)
+
+
+def future_leak(write_SM: np.ndarray, read_MS: np.ndarray) -> float:
+    """Largest entry of write @ read above the diagonal: 0 in a causal model."""
+    return float(np.abs(np.triu(write_SM @ read_MS, k=1)).max())
