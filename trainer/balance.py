@@ -37,5 +37,5 @@ def move_bias(model: nn.Module, counts_LE: Tensor, config: BalanceConfig) -> Non
         model: the language model, unwrapped.
         counts_LE: assignments of the step, all micro-batches and ranks.
     """
-    if config.balance == "bias" and config.bias_step:
+    if config.balance == "bias" and config.bias_step and counts_LE.numel():
         update_selection_bias(model, counts_LE, config.bias_step)

@@ -142,7 +142,10 @@ def take_step(parts: Assembly, step: int) -> StepTaken:
     move_bias(engine.module, counts_LE, config.balance)
     loss = float(engine.sum_ranks(ce)) / config.data.gradient_accumulation_steps / engine.world_size
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise MoevizError("step ")
+        raise MoevizError(
+            f"step {step} has loss={loss} and gradient norm={grad_norm}; lower "
+            f"learning_rate={config.optim.learning_rate} or lengthen the warm-up, and resume from a checkpoint"
+        )
     return StepTaken(
         loss=loss,
         grad_norm=grad_norm,

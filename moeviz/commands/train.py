@@ -71,14 +71,16 @@ def parse(argv: list[str]) -> TrainConfig:
     from trainer.config import TrainConfig
 
     argv = _with_resume_value(_spelled_out(argv))
-    return tyro.cli(
+    defaults = _defaults(argv)
+    config = tyro.cli(
         TrainConfig,
-        default=_defaults(argv),
+        default=defaults,
         args=argv,
         prog="moeviz train",
         description=_DESCRIPTION,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    return replace(config, resume=defaults.resume)
 
 
 def _defaults(argv: list[str]) -> TrainConfig:
