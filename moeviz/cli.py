@@ -35,6 +35,7 @@ COMMANDS = (
     Command("show", "Summarise one run: shape, state, loads, metrics, alerts.", "read"),
     Command("alerts", "List the alerts of a run with their remedies.", "read"),
     Command("query", "Ask a run anything in SQL (read-only).", "read"),
+    Command("metrics", "Explain every metric: formula, range, value at balance, source.", "read"),
     Command("pack", "Pack a finished run into one ordinary DuckDB file.", "read"),
     Command(
         "inspect", "Trace a text through a checkpoint: experts of every token, layer by layer.", "inspect"

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from moeviz.metrics.glossary.attention import ATTENTION, LATENT
 from moeviz.metrics.glossary.decision import DECISIONS
+from moeviz.metrics.glossary.experts import GRADIENTS, IMPORTANCE, SIMILARITY
 from moeviz.metrics.glossary.load import DROPS, LOAD
 from moeviz.metrics.glossary.losses import LOSSES
+from moeviz.metrics.glossary.tokens import CHANGE, COACTIVATION, PATHS, SPECIALIZATION
 from moeviz.metrics.metric import Metric
 
-METRICS: tuple[Metric, ...] = LOAD + DROPS + LOSSES + DECISIONS
-"""Every quantity by group; `by_id` finds one."""
+GROUPS: dict[str, tuple[Metric, ...]] = {
+    "load": LOAD,
+    "drops": DROPS,
+    "losses": LOSSES,
+    "decision": DECISIONS,
+    "change": CHANGE,
+    "co-activation": COACTIVATION,
+    "specialisation": SPECIALIZATION,
+    "paths": PATHS,
+    "similarity": SIMILARITY,
+    "importance": IMPORTANCE,
+    "attention": ATTENTION,
+    "latent attention": LATENT,
+    "gradients": GRADIENTS,
+}
+"""Rows of METRICS by what they describe."""
+
+METRICS: tuple[Metric, ...] = tuple(metric for group in GROUPS.values() for metric in group)
+"""Every quantity; `by_id` finds one."""
 
 
 def by_id(metric_id: str) -> Metric:
