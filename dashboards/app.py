@@ -1,4 +1,4 @@
-"""The dashboards: `streamlit run dashboards/app.py`, or `moeviz dash`. Navigation, run picker, and what all pages share.
+"""The dashboards: `streamlit run dashboards/app.py`, or `moeviz dash`. Navigation, and what all pages share.
 
 A page is three things: pick (here and in its own widgets), ask (dashboards.data), draw (components and moeviz.plots).
 """

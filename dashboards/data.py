@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
+from dashboards import noise
 from dashboards.components.load_map import load_map_data
 from dashboards.frozen import frozen
 from dashboards.view import View
@@ -56,6 +57,7 @@ class LiveRun:
 
     def __init__(self, path: str) -> None:
         self.feed = RunFeed(path)
+        self.feed.poll()  # so that the first page, and a frozen one, need not wait for the thread
         self.feed.start()
         self._made: tuple[Snapshot | None, dict[str, Any]] = (None, {})
 
@@ -98,6 +100,15 @@ def metric_names(picked: View) -> list[str]:
 @st.cache_data(max_entries=32, show_spinner=False)
 def _metric_names(path: str, upto: int) -> list[str]:
     return queries.metric_names(run_store(path))
+
+
+def design_effect(picked: View) -> float:
+    """How alike the tokens of a sequence are in the view's layer, as the run estimated it last; else the default."""
+    if "design_effect" not in metric_names(picked):
+        return noise.DESIGN_EFFECT
+    found = ask(picked.path, picked.step, "metric_over_time", name="design_effect", layer=picked.layer)
+    values = until(found, picked).frame["value"]
+    return float(values.iloc[-1]) if len(values) else noise.DESIGN_EFFECT
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
@@ -154,9 +165,3 @@ def sequence_names(path: str, step: int, seqs: list[int]) -> dict[int, str]:
     rows = ask(path, step, "sequences", last=_SAMPLES).frame
     known = {row.seq: sample_name(row) for row in rows[rows["step"] == step].itertuples() if row.rank == 0}
     return {seq: known.get(seq, f"sequence {seq}") for seq in seqs}
-
-
-def spread(items: list[int], count: int) -> list[int]:
-    """`count` of them at even distances, the first and the last included."""
-    at = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[index] for index in at]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
 from dashboards.data import Answer
 
 _SHOWN_ROWS = 1000
+_TABLE_PIXELS, _ROW_PIXELS = 560, 35
 
 
 @contextmanager
@@ -29,6 +31,19 @@ def draw(title: str, caption: str, figure: go.Figure, *, alt: str, answer: Answe
         bar = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
         st.plotly_chart(figure, theme=None, key=f"plot_{key}", config=bar, alt=alt)
         data_behind(lambda: answer, key)
+
+
+def draw_table(
+    title: str, caption: str, frame: pd.DataFrame, *, formats: dict[str, str], names: dict[str, str], key: str
+) -> None:
+    """A short table as a card, with number formats and headings by column."""
+    columns = {
+        column: st.column_config.NumberColumn(names.get(column, column), format=format)
+        for column, format in formats.items()
+    }
+    with card(title, caption, key):
+        height = min(_TABLE_PIXELS, _ROW_PIXELS * (len(frame) + 1) + 4)
+        st.dataframe(frame, hide_index=True, height=height, column_config=columns, alt=title)
 
 
 @st.fragment

@@ -5,16 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from moeviz.alerts.config import AlertConfig
 from moeviz.metrics.load import Experts
 from moeviz.metrics.noise import entropy_gap_floor, even_load_sd, gini_floor, maxvio_floor
 
-DESIGN_EFFECT = 4.0
+DESIGN_EFFECT = AlertConfig().design_effect_prior
 """Tokens of one sequence resemble each other; a cautious default where it has not been estimated."""
 
 
-def band(tokens: float, top_k: Experts, num_experts: Experts) -> np.ndarray:
+def band(
+    tokens: float, top_k: Experts, num_experts: Experts, design_effect: float = DESIGN_EFFECT
+) -> np.ndarray:
     """Half width of the band around the even share: two standard deviations of a relative load. Broadcasts."""
-    return 2 * even_load_sd(max(tokens, 1), top_k, num_experts, DESIGN_EFFECT)
+    return 2 * even_load_sd(max(tokens, 1), top_k, num_experts, design_effect)
 
 
 def floor(metric: str, tokens: float, top_k: int, num_experts: int) -> float | None:

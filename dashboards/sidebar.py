@@ -7,6 +7,7 @@ import streamlit as st
 from dashboards import data, view
 from dashboards.components import duration, grouped
 from dashboards.runs import asked_run, available
+from moeviz.errors import MoevizError
 from moeviz.records import ModelInfo
 from moeviz.store.queries import step_range
 
@@ -26,6 +27,10 @@ def pick_view() -> view.View:
         path = str(runs.paths[name])
         info = data.run_store(path).info.model
         status(path)
+        if not info.layers:
+            raise MoevizError(
+                f"the run {name} records no MoE layer; train it with `moeviz train --log-routing`"
+            )
         live, step = _when(path)
         layer, expert = _where(info)
     view.link("run", "layer", "expert", "live", *([] if live else ["step"]))

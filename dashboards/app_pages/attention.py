@@ -42,7 +42,7 @@ with (
     large,
     card(
         f"Block {layer}, head {head}",
-        "Row: the token that reads; column: the token that is read; one colour scale for all heads. Point at a row, and "
+        "Row: the token that reads; column: the token that is read; one colour scale for all heads. Point at a row: "
         "the text shows what that token reads.",
         "attention",
     ),

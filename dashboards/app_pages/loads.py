@@ -6,19 +6,8 @@ import streamlit as st
 
 from dashboards import data, noise, view
 from dashboards.figure import draw, empty
+from dashboards.pickers import pick_metric
 from moeviz import plots
-
-METRICS = {
-    "load_entropy": ("Load entropy", "Entropy of the load over its maximum ln E; 1 is even", (0.0, 1.02)),
-    "maxvio_batch": ("MaxVio", "Largest relative load minus 1; 0 is even", None),
-    "n_eff": ("Effective experts", "Exponential of the load entropy: how many experts do the work", None),
-    "gini": ("Gini", "Inequality of the loads; 0 is even", (0.0, 1.0)),
-    "route_entropy": (
-        "Router entropy",
-        "Mean entropy of a token's scores over ln E; 0 is decided",
-        (0.0, 1.02),
-    ),
-}
 
 picked, theme = view.current(), view.theme()
 st.header(f"Loads of layer {picked.layer}", anchor=False)
@@ -34,13 +23,14 @@ alerts = data.ask(picked.path, picked.step, "alerts").frame
 mine = alerts[(alerts["layer"] == picked.layer) & (alerts["raised_step"] <= picked.step)]
 here = now._replace(frame=now.frame[now.frame["layer"] == picked.layer])
 shape = (noise.tokens_of(here.frame, picked.top_k), picked.top_k, picked.width)
+even_band = float(noise.band(*shape, data.design_effect(picked)))
 
 left, right = st.columns([2, 3])
 with left:
     draw(
         f"Each expert at step {picked.step:,}",
         "Largest first, in units of the even share (line). Inside the grey band a difference is sampling noise.",
-        plots.load_bars(here.frame, noise=float(noise.band(*shape)), expert=picked.expert, theme=theme),
+        plots.load_bars(here.frame, noise=even_band, expert=picked.expert, theme=theme),
         alt=f"Sorted expert loads; the largest is {here.frame['load_rel'].max():.2f} times the even share.",
         answer=here,
         key="load_bars",
@@ -66,30 +56,20 @@ draw(
     answer=history,
     key="load_time_map",
 )
-names = [name for name in METRICS if name in data.metric_names(picked)]
-if names:
-    view.keep_valid("metric", names, names[0])
-    chosen = st.segmented_control(
-        "Metric over time", names, key="metric", format_func=lambda at: METRICS[at][0], required=True
+one = pick_metric(data.metric_names(picked))
+if one is not None:
+    series = data.until(
+        data.ask(picked.path, picked.step, "metric_over_time", name=one.id, points=400), picked
     )
-    name = chosen or names[0]
-    view.link("metric")
-    label, meaning, limits = METRICS[name]
-    series = data.until(data.ask(picked.path, picked.step, "metric_over_time", name=name, points=400), picked)
     curves = plots.metric_curves(
-        series.frame,
-        label=label,
-        layer=picked.layer,
-        floor=noise.floor(name, *shape),
-        limits=limits,
-        theme=theme,
+        series.frame, label=one.unit, layer=picked.layer, floor=noise.floor(one.id, *shape), theme=theme
     )
     draw(
-        f"{label} of all layers",
-        f"{meaning}. Orange: layer {picked.layer}. Dashed: what perfect balance would show with this many tokens. "
-        "Shaded: alerts.",
+        f"{one.name} of all layers",
+        f"{one.how_to_read} Even to collapsed: {one.range}. Orange: layer {picked.layer}; dashed: perfect balance with "
+        "this many tokens; shaded: alerts.",
         plots.alert_spans(curves, mine, last_step=picked.step),
-        alt=f"{label} of every layer over steps.",
+        alt=f"{one.name} of every layer over steps.",
         answer=series,
         key="metric_curves",
     )

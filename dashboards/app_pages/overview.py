@@ -24,8 +24,8 @@ def now() -> None:
     header(snapshot)
     with card(
         "Expert load and load entropy, layer by layer",
-        "Left: the load of each expert against the even share; even cells fade into the card. Right: entropy of the load "
-        "over its maximum, recent steps; a row that sinks and glows is a layer that collapses.",
+        "Left: the load of each expert against the even share; even cells fade into the card. Right: entropy of the "
+        "load over its maximum, recent steps; a row that sinks and glows is a layer that collapses.",
         "map",
     ):
         load_map(run.map_data(snapshot), picked.layer, picked.expert, view.select("load_map", "cell"))

@@ -7,6 +7,7 @@ import streamlit as st
 from dashboards import data, view
 from dashboards.components.tokens import tokens, tokens_data
 from dashboards.figure import card, data_behind, empty
+from dashboards.pickers import domains_of, pick_domain
 
 picked = view.current()
 st.header("Tokens and their experts", anchor=False)
@@ -16,10 +17,9 @@ if index.empty:
     st.stop()
 
 left, middle, right = st.columns([1, 1, 2])
-domains = ["all", *sorted(index["domain"].dropna().unique())]
-view.keep_valid("domain", domains, "all")
-domain = middle.selectbox("Domain", domains, key="domain")
-if domain != "all":
+with middle:
+    domain = pick_domain(domains_of(index))
+if domain is not None:
     index = index[index["domain"] == domain]
 steps = sorted(index["step"].unique().tolist(), reverse=True)
 view.keep_valid("at", steps, steps[0])
@@ -35,8 +35,8 @@ rank, seq = (int(part) for part in sample.split("."))
 trace = data.trace(picked.path, at, seq, rank)
 with card(
     "Where each token goes",
-    "Colour is the first-choice expert in the layer on the dial: the seven busiest, the others grey. Point at a token for "
-    "all its experts, weights and loss; press an expert to see only its tokens.",
+    "Colour is the first-choice expert in the layer on the dial: the seven busiest, the others grey. Point at a token "
+    "for all its experts, weights and loss; press an expert to see only its tokens.",
     "tokens",
 ):
     tokens(tokens_data(trace, f"{at}.{sample}"), picked.layer, picked.expert, view.select("tokens", "place"))

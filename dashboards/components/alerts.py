@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dashboards.components import component, grouped
+from moeviz.alerts import grouping
+from moeviz.alerts.grouping import AlertGroup
 from moeviz.colors import SEVERITY_MARKS
 from moeviz.live import Snapshot
-from moeviz.records import AlertRecord
+from moeviz.records import AlertRecord, Severity
+
+_MOST_NAMED = 8
+"""Layers or experts named in one row."""
 
 
 def alerts(snapshot: Snapshot, on_select: Callable[[], None]) -> None:
@@ -16,32 +21,50 @@ def alerts(snapshot: Snapshot, on_select: Callable[[], None]) -> None:
 
 
 def alerts_data(snapshot: Snapshot) -> dict[str, Any]:
-    """Open episodes, worst first, then cleared ones."""
+    """Open alerts, worst first, one row where most layers complain alike; then cleared episodes."""
     cleared = [alert for alert in snapshot.alerts if alert.cleared_step is not None]
     return {
-        "open": [alert_row(alert, snapshot.step) for alert in snapshot.open_alerts],
-        "cleared": [alert_row(alert, snapshot.step) for alert in cleared],
+        "open": [
+            _open_row(group, snapshot.step)
+            for group in grouping.grouped(snapshot.alerts, snapshot.info.num_layers)
+        ],
+        "cleared": [_cleared_row(alert) for alert in cleared],
         "calm": "No alert is open: every layer spreads its tokens within the limits of the rules.",
     }
 
 
-def alert_row(alert: AlertRecord, step: int) -> dict[str, Any]:
-    experts = ", ".join(map(str, alert.experts[:8])) + (" …" if len(alert.experts) > 8 else "")
-    where = "Whole run" if alert.layer is None else f"Layer {alert.layer}"
-    where += f" · expert{'s' if len(alert.experts) > 1 else ''} {experts}" if experts else ""
-    if alert.cleared_step is None:
-        when = f"since step {grouped(alert.raised_step)} · {grouped(max(step - alert.raised_step, 0))} steps"
-    else:
-        when = f"steps {grouped(alert.raised_step)} to {grouped(alert.cleared_step)}"
+def _open_row(group: AlertGroup, step: int) -> dict[str, Any]:
+    first = group.alerts[0]
+    lasted = grouped(max(step - group.first_step, 0))
     return {
-        "severity": alert.severity,
-        "mark": SEVERITY_MARKS[alert.severity],
-        "word": alert.severity.upper(),
-        "where": where,
-        "rule": alert.rule,
-        "when": when,
-        "message": alert.message,
-        "remedy": alert.remedy,
+        **_row(group.severity, group.rule, group.message, group.remedy),
+        "where": _where(group.layers, first.experts if len(group.alerts) == 1 else ()),
+        "when": f"since step {grouped(group.first_step)} · {lasted} steps",
+        "layer": first.layer,
+        "expert": first.experts[0] if first.experts else None,
+    }
+
+
+def _cleared_row(alert: AlertRecord) -> dict[str, Any]:
+    assert alert.cleared_step is not None
+    return {
+        **_row(alert.severity, alert.rule, alert.message, alert.remedy),
+        "where": _where(() if alert.layer is None else (alert.layer,), alert.experts),
+        "when": f"steps {grouped(alert.raised_step)} to {grouped(alert.cleared_step)}",
         "layer": alert.layer,
         "expert": alert.experts[0] if alert.experts else None,
     }
+
+
+def _row(severity: Severity, rule: str, message: str, remedy: str) -> dict[str, Any]:
+    words = {"severity": severity, "mark": SEVERITY_MARKS[severity], "word": severity.upper()}
+    return {**words, "rule": rule, "message": message, "remedy": remedy}
+
+
+def _where(layers: Sequence[int], experts: Sequence[int]) -> str:
+    place = f"Layer{'s' if len(layers) > 1 else ''} {_listed(layers)}" if layers else "Whole run"
+    return f"{place} · expert{'s' if len(experts) > 1 else ''} {_listed(experts)}" if experts else place
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:_MOST_NAMED])) + (" …" if len(numbers) > _MOST_NAMED else "")

@@ -1,7 +1,7 @@
 // One attention map, and the text as the query under the pointer reads it. Weights come as bytes on a square-root
 // scale, the same for every head: small weights stay visible beside a sink, and colours can be compared.
 
-const LEFT = 86, BOTTOM = 74, TOP = 4;
+const TOP = 4, LONGEST = 11, LETTER = 6.4;
 
 class Attention {
   constructor(root) {
@@ -48,19 +48,21 @@ class Attention {
     const { rows, cols, causal } = this.data;
     const width = this.find(".frame").clientWidth;
     const beside = width > 700 ? 284 : 0;  // room for the text and its gap
-    const side = Math.max(220, Math.min(600, width - LEFT - 6 - beside));
-    this.find(".left").style.width = `${LEFT + side + 4}px`;
-    this.size = { side, row: side / rows, col: side / cols };
-    const pen = fit(this.map, LEFT + side + 4, TOP + side + BOTTOM);
+    const names = this.data.texts.map((_, at) => this.name(at).length);
+    const margin = 16 + LETTER * Math.min(LONGEST, Math.max(3, ...names));  // room for the labels
+    const side = Math.max(220, Math.min(600, width - margin - 6 - beside));
+    this.find(".left").style.width = `${margin + side + 4}px`;
+    this.size = { side, margin, row: side / rows, col: side / cols };
+    const pen = fit(this.map, margin + side + 4, TOP + side + margin);
     const ink = inkOf(this.root);
     if (causal) this.hatch(pen, ink);
     for (let query = 0; query < rows; query++)
       for (let key = 0; key < (causal ? query + 1 : cols); key++) {
         pen.fillStyle = this.tone(this.weight(query, key));
-        pen.fillRect(LEFT + key * this.size.col, TOP + query * this.size.row, this.size.col + 0.3, this.size.row + 0.3);
+        pen.fillRect(this.size.margin + key * this.size.col, TOP + query * this.size.row, this.size.col + 0.3, this.size.row + 0.3);
       }
     pen.strokeStyle = ink.faint;
-    pen.strokeRect(LEFT - 0.5, TOP - 0.5, side + 1, side + 1);
+    pen.strokeRect(this.size.margin - 0.5, TOP - 0.5, side + 1, side + 1);
     this.labels(pen, ink);
     this.legend(ink);
     this.image = pen.getImageData(0, 0, this.map.width, this.map.height);
@@ -71,11 +73,11 @@ class Attention {
     const { side } = this.size;
     pen.save();
     pen.beginPath();
-    pen.moveTo(LEFT, TOP); pen.lineTo(LEFT + side, TOP); pen.lineTo(LEFT + side, TOP + side); pen.closePath();
+    pen.moveTo(this.size.margin, TOP); pen.lineTo(this.size.margin + side, TOP); pen.lineTo(this.size.margin + side, TOP + side); pen.closePath();
     pen.clip();
     pen.strokeStyle = ink.faint;
     pen.beginPath();
-    for (let x = -side; x < side; x += 7) { pen.moveTo(LEFT + x, TOP + side); pen.lineTo(LEFT + x + side, TOP); }
+    for (let x = -side; x < side; x += 7) { pen.moveTo(this.size.margin + x, TOP + side); pen.lineTo(this.size.margin + x + side, TOP); }
     pen.stroke();
     pen.restore();
   }
@@ -93,11 +95,11 @@ class Attention {
     pen.textBaseline = "middle";
     pen.textAlign = "right";
     const strideRow = Math.ceil(11 / this.size.row), strideCol = Math.ceil(11 / this.size.col);
-    const short = (at) => { const name = this.name(at); return name.length > 11 ? `${name.slice(0, 10)}…` : name; };
-    for (let at = 0; at < rows; at += strideRow) pen.fillText(short(at), LEFT - 6, TOP + (at + 0.5) * this.size.row);
+    const short = (at) => { const name = this.name(at); return name.length > LONGEST ? `${name.slice(0, LONGEST - 1)}…` : name; };
+    for (let at = 0; at < rows; at += strideRow) pen.fillText(short(at), this.size.margin - 6, TOP + (at + 0.5) * this.size.row);
     for (let at = 0; at < cols; at += strideCol) {
       pen.save();
-      pen.translate(LEFT + (at + 0.5) * this.size.col, TOP + this.size.side + 6);
+      pen.translate(this.size.margin + (at + 0.5) * this.size.col, TOP + this.size.side + 6);
       pen.rotate(-Math.PI / 2);
       pen.fillText(short(at), 0, 0);
       pen.restore();
@@ -111,7 +113,7 @@ class Attention {
     const ink = inkOf(this.root);
     pen.putImageData(this.image, 0, 0);
     pen.strokeStyle = ink.text;
-    pen.strokeRect(LEFT - 1, TOP + query * this.size.row - 0.5, this.size.side + 2, Math.max(this.size.row, 2) + 1);
+    pen.strokeRect(this.size.margin - 1, TOP + query * this.size.row - 0.5, this.size.side + 2, Math.max(this.size.row, 2) + 1);
     this.spans.forEach((span, at) => {
       const share = at <= query || !this.data.causal ? Math.sqrt(this.weight(query, at)) : 0;
       span.style.backgroundColor = `color-mix(in srgb, var(--st-primary-color) ${Math.round(88 * share)}%, transparent)`;
@@ -135,7 +137,7 @@ class Attention {
 
   over(event) {
     const query = Math.floor((event.offsetY - TOP) / this.size.row);
-    const key = Math.floor((event.offsetX - LEFT) / this.size.col);
+    const key = Math.floor((event.offsetX - this.size.margin) / this.size.col);
     const { rows, cols, causal } = this.data;
     if (query < 0 || query >= rows || key < 0 || key >= cols) { this.cell = null; return hideTip(this.tip); }
     this.cell = { query, key };

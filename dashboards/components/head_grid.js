@@ -43,7 +43,7 @@ class HeadGrid {
           const code = this.codes[start + q * size + k];
           if (code === 255) continue;
           pen.fillStyle = ramp[code];
-          pen.fillRect(x + k * cell, y + q * cell, cell + 0.3, cell + 0.3);
+          pen.fillRect(x + k * cell, y + q * cell, cell + 0.7, cell + 0.7);
         }
       const chosen = name === layer && number === head;
       pen.strokeStyle = chosen ? ink.accent : ink.faint;

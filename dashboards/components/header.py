@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from dashboards.components import component, duration, grouped
+from moeviz.alerts.config import AlertConfig
 from moeviz.live import Snapshot
 from moeviz.metrics.load import starved_line
 
-DEAD_BELOW = 0.02
+DEAD_BELOW = AlertConfig().dead_line
 """Smoothed relative load under which an expert counts as dead (the line of the EXPERT_DEAD rule)."""
 _SPARK_POINTS = 60
 _WORDS = {"waiting": "waiting", "live": "live", "stale": "stale", "ended": "ended", "dead": "presumed dead"}

@@ -2,6 +2,7 @@
 // Packed rows come as bytes: `level` is an index into the load table plus one, 0 for a load of exactly zero.
 
 const LABEL = 46, NOW = 54, GAP = 26, AXIS = 20, TOP = 6;
+const WIDEST = 76;  // pixels of a cell at most: few experts leave more room for the past
 const LOWEST = 0.7;  // distance from the maximum at which the entropy rows reach the end of the ramp
 
 class LoadMap {
@@ -33,9 +34,10 @@ class LoadMap {
   shape() {
     const { layers, experts } = this.data;
     const width = this.root.querySelector(".frame").clientWidth;
-    const past = Math.max(120, Math.round(0.3 * (width - LABEL - NOW - GAP)));
+    const room = width - LABEL - NOW - GAP;
+    const cell = Math.min(WIDEST, (room - Math.max(120, Math.round(0.3 * room))) / experts);
+    const past = room - cell * experts;
     const row = Math.max(9, Math.min(34, Math.floor(460 / layers)));
-    const cell = (width - LABEL - NOW - GAP - past) / experts;
     return { layers, experts, width, past, row, cell, height: TOP + layers * row + AXIS, now: LABEL + cell * experts,
       from: LABEL + cell * experts + NOW + GAP };
   }
