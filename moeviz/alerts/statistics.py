@@ -26,6 +26,7 @@ class LoadStatistics:
         self._config = config
         layers, width = len(num_experts_L), int(num_experts_L.max(initial=1))
         self._mask_LE = load.expert_mask(num_experts_L, width)
+        self._padding_LE = ~self._mask_LE if not self._mask_LE.all() else None
         self.starved_line_L = load.starved_line(
             num_experts_L, cap=config.starved_cap, scale=config.starved_scale
         )
@@ -46,9 +47,7 @@ class LoadStatistics:
         """What sampling alone makes of `swing_L`."""
         self.autocorr_L = np.zeros(layers)
         """Lag-1 autocorrelation of that distance, pooled over experts: -1 when loads alternate."""
-        self._rel_LE = np.zeros((2, layers, width))
-        self._gap_LE = np.zeros((layers, width))
-        self._square_LE = np.zeros((layers, width))
+        self._last_LE, self._before_LE, self._gap_LE, self._square_LE = np.zeros((4, layers, width))
         self._square2_L, self._swing2_L, self._covariance_L = np.zeros((3, layers))
 
     def update(self, counts_LE: np.ndarray) -> None:
@@ -58,7 +57,7 @@ class LoadStatistics:
         with np.errstate(invalid="ignore", divide="ignore"):
             rel_LE = counts_LE * (self.num_experts_L / self.assignments_L)[:, None]
         if not fresh_L.all():
-            rel_LE = np.where(fresh_L[:, None], rel_LE, self._rel_LE[0])
+            rel_LE = np.where(fresh_L[:, None], rel_LE, self._last_LE)
         self.seen_L += fresh_L
         self.even_total_L += self.assignments_L / self.num_experts_L
         self._smooth(rel_LE, fresh_L)
@@ -68,15 +67,13 @@ class LoadStatistics:
         even_L = np.maximum(self.assignments_L, 1) / self.num_experts_L
         planned_L = np.ceil(64 * config.design_effect_prior / (even_L * self.starved_line_L))
         self.window_L = np.where(fresh_L, np.maximum(config.window_min, planned_L), self.window_L)
-        gap_LE = np.where(self.seen_L[:, None] > 1, rel_LE - self.mean_LE, 0.0)
-        weight_L = self._weight(self.window_L, fresh_L)
-        self.mean_LE += weight_L[:, None] * (rel_LE - self.mean_LE)
+        gap_LE = rel_LE - self.mean_LE
+        self.mean_LE += self._weight(self.window_L, fresh_L)[:, None] * gap_LE
         # A gap before the mean has settled would count as a swing.
         swinging_L = fresh_L & (self.seen_L > config.window_min // 2)
         self._swing(gap_LE, np.where(swinging_L, 2 / (self.window_L + 1), 0.0))
         self._noise(rel_LE, even_L, fresh_L)
-        self._gap_LE = gap_LE
-        self._rel_LE = np.stack([rel_LE, self._rel_LE[0]])
+        self._gap_LE, self._last_LE, self._before_LE = gap_LE, rel_LE, self._last_LE
 
     def _weight(self, window_L: np.ndarray, fresh_L: np.ndarray, lag: int = 0) -> np.ndarray:
         """Weight of the newest record: a plain mean until the window is full, exponential from then on."""
@@ -95,38 +92,51 @@ class LoadStatistics:
         From lag 1, a median over experts, and from lag 2, which an alternation cannot inflate.
         """
         window_L = np.maximum(self._config.noise_window, self.window_L)
-        steady_LE = np.clip(self.mean_LE, self.starved_line_L[:, None], None)
-        variance_LE = self._variance(steady_LE, even_L) + ~self._mask_LE
-        square_LE = (rel_LE - self._rel_LE[0]) ** 2 / (2 * variance_LE)
-        np.minimum(
-            square_LE, _OUTLIER * self.design_effect_L[:, None], out=square_LE, where=self._settled()[:, None]
-        )
-        self._square_LE += self._weight(window_L, fresh_L, lag=1)[:, None] * (square_LE - self._square_LE)
-        square2_L = ((rel_LE - self._rel_LE[1]) ** 2).sum(axis=-1) / (
-            2 * (variance_LE * self._mask_LE).sum(axis=-1)
-        )
+        variance_LE = self._variance(even_L)
+        square_LE = rel_LE - self._last_LE
+        square_LE *= square_LE
+        square_LE /= 2 * variance_LE
+        settled_L = self.seen_L > self._config.window_min
+        limit_L = np.where(settled_L, _OUTLIER * self.design_effect_L, np.inf)
+        np.minimum(square_LE, limit_L[:, None], out=square_LE)
+        square_LE -= self._square_LE
+        self._square_LE += self._weight(window_L, fresh_L, lag=1)[:, None] * square_LE
+        total_L = self._total(variance_LE)
+        lag2_LE = rel_LE - self._before_LE
+        square2_L = np.einsum("le,le->l", lag2_LE, lag2_LE) / (2 * total_L)
         self._square2_L += self._weight(window_L, fresh_L, lag=2) * (square2_L - self._square2_L)
         estimate_L = np.minimum(self._median(self._square_LE), self._square2_L)
         self.design_effect_L = np.where(self.seen_L > 2, np.maximum(estimate_L, 1), 1.0)
-        mean_variance_L = (variance_LE * self._mask_LE).sum(axis=-1) / self.num_experts_L
-        self.swing_noise_L = np.sqrt(self.design_effect_L * mean_variance_L)
+        self.swing_noise_L = np.sqrt(self.design_effect_L * total_L / self.num_experts_L)
 
-    def _settled(self) -> np.ndarray:
-        return self.seen_L > self._config.window_min
+    def _variance(self, even_L: np.ndarray) -> np.ndarray:
+        """Sampling variance of each load for independent tokens, at its mean but not below the starved line.
 
-    def _variance(self, rel_LE: np.ndarray, even_L: np.ndarray) -> np.ndarray:
-        cover_LE = rel_LE * (self.top_k_L / self.num_experts_L)[:, None]
-        return rel_LE * np.maximum(1 - cover_LE, 1e-3) / even_L[:, None]
+        A starved expert's variance goes to 0, and a ratio to it would not settle. Padding gets 1.
+        """
+        steady_LE = np.maximum(self.mean_LE, self.starved_line_L[:, None])
+        room_LE = 1 - steady_LE * (self.top_k_L / self.num_experts_L)[:, None]
+        np.maximum(room_LE, 1e-3, out=room_LE)
+        room_LE *= steady_LE
+        room_LE /= even_L[:, None]
+        if self._padding_LE is not None:
+            room_LE[self._padding_LE] = 1.0
+        return room_LE
+
+    def _total(self, values_LE: np.ndarray) -> np.ndarray:
+        """Sum over the experts of each layer, without padding."""
+        return (
+            values_LE.sum(axis=-1) if self._padding_LE is None else (values_LE * self._mask_LE).sum(axis=-1)
+        )
 
     def _median(self, values_LE: np.ndarray) -> np.ndarray:
         """Median over the experts of each layer; padding sorts last."""
-        ordered_LE = np.sort(np.where(self._mask_LE, values_LE, np.inf), axis=-1)
+        if self._padding_LE is not None:
+            values_LE = np.where(self._mask_LE, values_LE, np.inf)
+        ordered_LE = np.sort(values_LE, axis=-1)
         rows_L = np.arange(len(ordered_LE))
-        low_L, high_L = (
-            ordered_LE[rows_L, (self.num_experts_L - 1) // 2],
-            ordered_LE[rows_L, self.num_experts_L // 2],
-        )
-        return (low_L + high_L) / 2
+        low_L = ordered_LE[rows_L, (self.num_experts_L - 1) // 2]
+        return (low_L + ordered_LE[rows_L, self.num_experts_L // 2]) / 2
 
     def mean_sd(self, rel: np.ndarray) -> np.ndarray:
         """Standard deviation of a smoothed load m = `rel` [L] of each layer."""
