@@ -44,6 +44,9 @@ moeviz train --resume runs/mine                 go on after a stop, bit for bit
 
 def main(argv: list[str]) -> int:
     """Run the command. Returns 0, or 130 when it was interrupted (after saving a checkpoint)."""
+    # Before torch loads: threads that wait for each other by spinning lose 5 to 8 times their speed as soon as
+    # anything else (a dashboard, say) wants one of their cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     require("torch", "train", "training")
     config = parse(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
