@@ -161,6 +161,46 @@ def test_a_killed_process_loses_nothing_that_it_had_saved(tmp_path: Path, no_pac
 
 
 @pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(tmp_path: Path, no_packing: None) -> None:
+    """Two ranks with two rows each see the four rows of one rank, and their loads are summed."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "--",
+        "moeviz.cli",
+        "train",
+    ]
+    run = tmp_path / "two"
+    more = (
+        "--engine",
+        "deepspeed",
+        "--zero-stage",
+        "2",
+        "--batch-size",
+        "2",
+        "--log-routing",
+        "--max-steps",
+        "4",
+    )
+    done = subprocess.run([*launcher, *flags(run, *more)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one = train(parse(flags(tmp_path / "one", "--batch-size", "4", "--max-steps", "4")))
+    with open_run(run) as store:
+        losses = queries.scalars(store, ["loss"])["value"].tolist()
+        counted = store.sql("SELECT step, layer, list_sum(counts) AS n FROM expert_load")
+    assert losses == pytest.approx(one.losses, abs=1e-4)
+    assert len(counted) == 4 * 2
+    assert set(counted["n"]) == {4 * 32 * 2}
+    with pytest.raises(MoevizError, match=r"written by 2 ranks, and this is a run of 1"):
+        train(parse(["--resume", str(run), "--max-steps", "6"]))
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_after_the_step_with_a_checkpoint_and_status_130(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(

@@ -6,7 +6,8 @@ recorder attaches its hooks last, so nothing it does can touch the numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
         run = run_of(found)
     else:
         run = _new_folder(config)
+    config = replace(config, run=run, resume=None)
     set_threads(config.engine.threads)
     text = open_text(config, tokenizer_file=found.tokenizer_file if found else None)
     engine = _engine(config, text, found, progress)
@@ -93,6 +95,8 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
 
 
 def _new_folder(config: TrainConfig) -> Path:
+    if config.run is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MoevizError("several ranks would each name their own folder by the clock; give --run FOLDER")
     run = config.run or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     if (run / "run.json").exists() or list_checkpoints(run / CHECKPOINTS):
         raise MoevizError(f"{run} already holds a run; go on with --resume {run}, or name another folder")
@@ -108,5 +112,10 @@ def _engine(config: TrainConfig, text: Text, found: Checkpoint | None, progress:
             "the training text is not the one of the checkpoint: going on with the new one, not bit for bit"
         )
     engine = build_engine(MoELanguageModel(found.model_config), config)
+    if found.num_ranks != engine.world_size:
+        raise MoevizError(
+            f"{found.path} was written by {found.num_ranks} ranks, and this is a run of {engine.world_size}; "
+            f"resume with --nproc-per-node {found.num_ranks}"
+        )
     restore(found, engine)
     return engine

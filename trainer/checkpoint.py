@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,8 @@ class Checkpoint:
     model_config: ModelConfig
     text_key: str = ""
     """`trainer.text.Text.key` of the data it was trained on."""
+    num_ranks: int = 1
+    """Processes that wrote it; DeepSpeed's part can be read by as many only."""
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -78,26 +80,34 @@ def save_checkpoint(folder: Path, *, step: int, config: TrainConfig, engine: Eng
     Raises:
         SaveError: the disk is full or the folder cannot be written; nothing that was there has changed.
     """
-    work = folder / f".step-{step:08d}.tmp"
+    work, done = folder / f".step-{step:08d}.tmp", folder / f"step-{step:08d}"
+    first = engine.rank == 0
+    weights = engine.weights()
     try:
-        if engine.rank == 0:
-            prepare(work)
-        engine.sum_ranks(torch.zeros(1))
-        weights = engine.weights()
-        engine.save_state(work)
-        torch.save(_random_states(), work / f"rng-{engine.rank}.pt")
-        if engine.rank == 0:
-            _describe(work, step, config, engine.module.config, text, weights)
-        engine.sum_ranks(torch.zeros(1))
-        return commit(work, folder / f"step-{step:08d}", writes=engine.rank == 0)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if not _is_disk_trouble(error):
-            raise
-        discard(work)
+        _on_every_rank(engine, lambda: prepare(work) if first else None)
+        _on_every_rank(engine, lambda: _write(work, step, config, engine, text, weights))
+        _on_every_rank(engine, lambda: commit(work, done) if first else None)
+    except SaveError as error:
+        if first:
+            discard(work)
         raise SaveError(
             f"no checkpoint of step {step}: writing to {folder} failed ({error}); free space there. "
             "Earlier checkpoints are whole"
         ) from error
+    return done
+
+
+def _on_every_rank(engine: Engine, part: Callable[[], object]) -> None:
+    """Do this rank's part of saving; a disk that refuses one rank is an error on all of them."""
+    problem: Exception | None = None
+    try:
+        part()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _is_disk_trouble(error):
+            raise
+        problem = error
+    if engine.sum_ranks(torch.tensor(float(problem is not None), device=engine.device)):
+        raise SaveError(str(problem or "on another rank")) from problem
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -130,20 +140,21 @@ def restore(found: Checkpoint, engine: Engine) -> None:
     engine.load_state(_with_tied(weights, engine.module), found.path)
     states = torch.load(found.path / f"rng-{engine.rank}.pt", weights_only=True)
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], engine.device)
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
 
 
-def _describe(
-    work: Path,
-    step: int,
-    config: TrainConfig,
-    model_config: ModelConfig,
-    text: Text,
-    weights: Mapping[str, Tensor],
+def _write(
+    work: Path, step: int, config: TrainConfig, engine: Engine, text: Text, weights: Mapping[str, Tensor]
 ) -> None:
+    """This rank's files; what all ranks share is the first one's."""
+    engine.save_state(work)
+    torch.save(_random_states(engine), work / f"rng-{engine.rank}.pt")
+    if engine.rank > 0:
+        return
+    model_config = engine.module.config
     save_file(_without_tied(weights, model_config), work / WEIGHTS_FILE)
     if text.tokenizer is not None:
         text.tokenizer.save(work / TOKENIZER_FILE)
@@ -151,6 +162,7 @@ def _describe(
         "format": _FORMAT,
         "step": step,
         "text_key": text.key,
+        "num_ranks": engine.world_size,
         "train": config.to_dict(),
         "model": model_config.to_dict(),
     }
@@ -169,6 +181,7 @@ def _read_description(path: Path) -> Checkpoint:
         config=TrainConfig.from_dict(about["train"]),
         model_config=ModelConfig.from_dict(about["model"]),
         text_key=about["text_key"],
+        num_ranks=about["num_ranks"],
     )
 
 
@@ -188,8 +201,8 @@ def _with_tied(weights: dict[str, Tensor], model: MoELanguageModel) -> dict[str,
     return weights | {_TIED: weights[_SOURCE]} if model.config.tie_embeddings else weights
 
 
-def _random_states() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _random_states(engine: Engine) -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state(engine.device) if engine.device.type == "cuda" else None
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 

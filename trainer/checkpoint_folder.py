@@ -42,13 +42,8 @@ def prepare(work: Path) -> None:
     work.mkdir(parents=True)
 
 
-def commit(work: Path, target: Path, *, writes: bool = True) -> Path:
-    """Seal the files of `work` with a manifest, make them durable and rename the folder to `target`.
-
-    Only the rank that writes does so; the others get the path.
-    """
-    if not writes:
-        return target
+def commit(work: Path, target: Path) -> None:
+    """Seal the files of `work` with a manifest, make them durable and rename the folder to `target`."""
     manifest = {str(path.relative_to(work)): [path.stat().st_size, _sha256(path)] for path in _files(work)}
     (work / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     for path in _files(work):
@@ -60,7 +55,6 @@ def commit(work: Path, target: Path, *, writes: bool = True) -> Path:
     work.rename(target)
     _sync(target.parent)
     discard(old)
-    return target
 
 
 def discard(folder: Path) -> None:

@@ -1,8 +1,9 @@
 """DeepSpeed with ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054), on one rank or many.
 
-Start many with `torchrun --nproc-per-node N -m moeviz.cli train ...`; one process needs no launcher.
-DeepSpeed's own C++ optimizers and its shared-memory collective are avoided: they are compiled at first use,
-for minutes, and a build that is killed half way leaves a lock on which later runs hang.
+Start many with `torchrun --nproc-per-node N -m -- moeviz.cli train --run FOLDER ...` (the lone dashes keep
+torchrun from taking --run for its own --run-path); one process needs no launcher. DeepSpeed's own C++
+optimizers and its shared-memory collective are avoided: they are compiled at first use, for minutes, and a
+build that is killed half way leaves a lock on which later runs hang.
 """
 
 from __future__ import annotations
