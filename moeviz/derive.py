@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from moeviz.alerts import AlertConfig, RouterDetector, RunPlan, ScalarDetector
+from moeviz.alerts.scalars import WATCHED
 from moeviz.metrics import layer_shapes, live_metrics, load
 from moeviz.records import AlertRecord, LoadRecord, MetricRecord, ModelInfo, Record, ScalarRecord, Sink
 
@@ -144,6 +145,8 @@ class DeriveSink:
 
     def _rewound(self, record: LoadRecord | ScalarRecord, detector: _Detector) -> list[AlertRecord]:
         """Close what belongs to steps that training went back behind (a checkpoint was loaded)."""
+        if isinstance(record, ScalarRecord) and not WATCHED & record.values.keys():
+            return []  # an evaluation may be reported late; only what is trained on tells where training is
         last = self._last_step.get(type(record), -1)
         self._last_step[type(record)] = record.step
         if record.step >= last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -230,6 +231,28 @@ def test_a_resumed_run_goes_on_with_its_open_alerts() -> None:
     assert expected.items() <= closed(second).items()
     reopened = [a for a in second.alerts if a.raised_step == a.updated_step and a.severity != "info"]
     assert reopened == []
+
+
+def test_a_late_evaluation_is_no_way_back() -> None:
+    inner = ListSink()
+    sink = DeriveSink(inner, model(L, E, K))
+    for step in range(300):
+        loss = 2.0 + 0.02 * math.sin(step) + (step == 299)
+        sink.write(ScalarRecord(step=step, rank=0, ts=0.0, values={"loss": loss}))
+    assert [alert.rule for alert in sink.open_alerts] == ["LOSS_SPIKE"]
+    sink.write(ScalarRecord(step=250, rank=0, ts=0.0, values={"val_loss/prose": 2.0}))
+    assert len(sink.open_alerts) == 1
+    sink.write(ScalarRecord(step=250, rank=0, ts=0.0, values={"loss": 2.0}))
+    assert sink.open_alerts == ()
+    assert inner.alerts[-1].cleared_step == 299
+
+
+def test_a_model_without_moe_layers_still_has_its_scalars_watched() -> None:
+    inner = ListSink()
+    sink = DeriveSink(inner, ModelInfo(family="dense", layers=()))
+    sink.write(ScalarRecord(step=0, rank=0, ts=0.0, values={"loss": math.nan}))
+    assert [alert.rule for alert in inner.alerts] == ["NONFINITE"]
+    assert sink.failures == 0
 
 
 def test_going_back_to_a_checkpoint_closes_what_was_undone() -> None:

@@ -17,6 +17,8 @@ from moeviz.alerts.scalar_rules import Divergence, Explosion, Judgement, Spike
 from moeviz.records import AlertRecord, ScalarRecord
 
 LOSS, GRAD = "loss", "grad_norm"
+WATCHED = {LOSS, GRAD}
+"""Scalars that every training step reports."""
 _FINITE = (LOSS, GRAD, "aux_loss", "z_loss")
 """Scalars, or first parts of names like `aux_loss/3`, that must be finite in every step."""
 _RECENT = 20
