@@ -25,9 +25,11 @@ from trainer.data_cache import cache_folder, cached, digest
 from trainer.data_progress import progress
 from trainer.data_shards import Shards, build_shards
 from trainer.data_sources import CorpusSource, PairSource, Source, file_source
-from trainer.data_tokens import is_token_path, token_shards
+from trainer.data_tokens import TokenFormat, is_token_path, token_shards
 from trainer.tokenizer import Tokenizer, load_tokenizer, named_tokenizer, train_tokenizer
 
+EMBEDDED = ("builtin", "generated")
+"""Sources that need no file."""
 _SAMPLE_BYTES = 10_000_000
 
 
@@ -47,8 +49,8 @@ class DataConfig:
     """Vocabulary of an `auto` tokenizer; for token files without a tokenizer, the bound of their ids."""
     validation_fraction: float = 0.05
     """Share of the documents held out, by the hash of their content."""
-    token_dtype: Literal["uint16", "uint32"] = "uint16"
-    """How a .bin file stores its ids."""
+    token_dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    """How a .bin file stores its ids; auto: in 16 bits when the vocabulary fits, else in 32."""
     bytes_per_domain: int = 560_000
     """Size of each domain of the embedded corpus, in UTF-8 bytes."""
     corpus_seed: int = 0
@@ -84,7 +86,7 @@ def open_data(
     """
     config = config or DataConfig()
     path = Path(config.source).expanduser()
-    if config.source not in ("builtin", "generated") and is_token_path(path):
+    if config.source not in EMBEDDED and is_token_path(path):
         return _open_tokens(config, path, root)
     source, paths = _open_source(config, quiet, root)
     if config.tokenizer == "auto":
@@ -113,13 +115,18 @@ def open_tokenizer(name: str, *, root: Path | None = None) -> Tokenizer:
 
 def _open_tokens(config: DataConfig, path: Path, root: Path | None) -> TrainingData:
     tokenizer = None if config.tokenizer == "auto" else open_tokenizer(config.tokenizer, root=root)
-    shards = token_shards(
-        path,
+    validation = None if config.validation_source is None else Path(config.validation_source).expanduser()
+    if validation is not None and not is_token_path(validation):
+        raise MoevizError(
+            f"{validation} is no token file but {path} is; evaluate on tokens of the same tokenizer"
+        )
+    token_format = TokenFormat(
         vocab_size=tokenizer.vocab_size if tokenizer else config.vocab_size,
         eos_id=tokenizer.eos_id if tokenizer else None,
         dtype=config.token_dtype,
-        validation_fraction=config.validation_fraction,
     )
+    fraction = config.validation_fraction
+    shards = token_shards(path, token_format, validation=validation, validation_fraction=fraction)
     return TrainingData(shards, tokenizer)
 
 
@@ -134,7 +141,7 @@ def _open_source(config: DataConfig, quiet: bool, root: Path | None) -> tuple[So
 def _open_named(
     config: DataConfig, name: str, quiet: bool, root: Path | None
 ) -> tuple[Source, tuple[Path, ...]]:
-    if name not in ("builtin", "generated"):
+    if name not in EMBEDDED:
         return file_source(Path(name).expanduser()), ()
     corpus_config = CorpusConfig(
         bytes_per_domain=config.bytes_per_domain,

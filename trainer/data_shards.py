@@ -1,10 +1,10 @@
 """Token shards: one flat array of ids per (split, domain) on disk, documents ended by EOS, read by memory
 map.
 
-Two passes over the source. The first decides which documents are held out (a function of their content) and
-takes their fingerprints; the second tokenises, writes training tokens as they come, and remembers which
-fingerprints of held-out documents it met: a held-out document that is mostly in the training text is dropped,
-never moved.
+The source is read three times, so that a large one never has to fit in memory: to decide which documents are
+held out (a function of their content), to take the fingerprints of those, and to tokenise. The last pass writes
+training tokens as they come and remembers which fingerprints of held-out documents it met: a held-out document
+that is mostly in the training text is dropped, never moved.
 
     build_shards(source, tokenizer, validation_fraction=0.05) -> Shards
     Shards.tokens(split, domain) -> (N,) uint16 or uint32, memory-mapped
@@ -14,7 +14,7 @@ never moved.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +25,19 @@ import orjson
 
 from moeviz.errors import MoevizError
 from trainer.corpus import SPLITS, Document, Split
-from trainer.corpus.documents import split_of, without_copies
+from trainer.corpus.documents import choose_held_out, without_copies
 from trainer.corpus.overlap import NEAR_COPY, Found, fingerprints
 from trainer.data_cache import cached, digest
 from trainer.data_progress import progress
 from trainer.data_sources import Source
 from trainer.tokenizer import Tokenizer
 
+log = logging.getLogger("moeviz.data")
+
 _FORMAT = 1
 _BATCH_CHARS = 1 << 20
 _FLUSH_TOKENS = 1 << 20
-_FEW_DOCUMENTS = 10
-"""A domain with at least this many documents always holds one out."""
+_MOST_DOMAINS = 256
 
 Part = tuple[Split, str]
 
@@ -49,6 +50,8 @@ class Shards:
     """(split, domain) -> tokens (N,), document starts (documents,)."""
     vocab_size: int
     eos_id: int | None
+    key: str
+    """Changes when the tokens do."""
     path: Path | None = None
     """The cache entry; None for token files that are read where they are."""
 
@@ -116,7 +119,7 @@ def load_shards(path: Path) -> Shards:
                 path / part["tokens"], dtype=manifest["dtype"], mode="r", shape=(part["num_tokens"],)
             )
             arrays[part["split"], part["domain"]] = tokens, np.load(path / part["starts"])
-        return Shards(arrays, manifest["vocab_size"], manifest["eos_id"], path)
+        return Shards(arrays, manifest["vocab_size"], manifest["eos_id"], path.name, path)
     except (OSError, ValueError, KeyError) as error:
         raise MoevizError(
             f"the token shards in {path} are damaged ({error}); delete that folder to rebuild"
@@ -135,51 +138,50 @@ class _Builder:
         self.writers: dict[Part, _Writer] = {}
 
     def run(self) -> None:
-        held_out, prints = self._choose()
+        held_out = choose_held_out(self._counted(), self.fraction)
+        prints = {} if self.source.vetted else self._prints(held_out)
         found = Found(prints.values())
         waiting: list[tuple[Document, np.ndarray]] = []
-        with progress("tokenising", total=self.source.num_bytes, quiet=self.quiet) as advance:
-            for batch in _batches(without_copies(self.source.documents())):
-                ids = self.tokenizer.encode_batch([document.text for document in batch])
-                for document, row in zip(batch, ids, strict=True):
-                    if document.id in held_out:
-                        waiting.append((document, row.astype(self.dtype)))
-                        continue
-                    self._write("train", document, row)
-                    if prints:
-                        found.add(fingerprints(document.text))
-                advance(sum(document.num_bytes for document in batch))
+        for document, ids in self._tokenised():
+            if document.id in held_out:
+                waiting.append((document, ids.astype(self.dtype)))
+            else:
+                self._write("train", document, ids)
+                if prints:
+                    found.add(fingerprints(document.text))
         copies = {name for name, own in prints.items() if found.share(own) > NEAR_COPY}
-        for document, row in waiting:
+        for document, ids in waiting:
             if document.id not in copies:
-                self._write("validation", document, row)
+                self._write("validation", document, ids)
+        if waiting and len(copies) == len(waiting):
+            log.warning(
+                "all %d held-out documents repeat the training text: nothing to evaluate on", len(copies)
+            )
         self._finish(len(copies))
 
-    def _choose(self) -> tuple[set[str], dict[str, np.ndarray]]:
-        """Ids of the held-out documents, and the fingerprints of those still to be compared with the rest."""
-        held_out: set[str] = set()
-        prints: dict[str, np.ndarray] = {}
-        smallest: dict[str, tuple[str, str]] = {}
-        seen: dict[str, int] = defaultdict(int)
-        covered: set[str] = set()
+    def _counted(self) -> Iterator[Document]:
+        """The documents, with a refusal at the end if there were none, or too many kinds of them."""
+        domains: set[str] = set()
         for document in without_copies(self.source.documents()):
-            name = document.id
-            seen[document.domain] += 1
-            smallest[document.domain] = min(smallest.get(document.domain, ("g", "")), (name, document.text))
-            if (document.split or split_of(name, self.fraction)) == "validation":
-                held_out.add(name)
-                covered.add(document.domain)
-                if not self.source.vetted:
-                    prints[name] = fingerprints(document.text)
-        if not seen:
+            domains.add(document.domain)
+            yield document
+        if not domains:
             raise MoevizError(
                 "the corpus is empty: no document with any text; check the path or use 'builtin'"
             )
-        for domain, (name, text) in smallest.items():
-            if self.fraction and domain not in covered and seen[domain] >= _FEW_DOCUMENTS:
-                held_out.add(name)
-                prints[name] = fingerprints(text)
-        return held_out, prints
+        if len(domains) > _MOST_DOMAINS:
+            raise MoevizError(
+                f"{len(domains)} domains are more than {_MOST_DOMAINS}; give the documents coarser labels in 'domain'"
+            )
+
+    def _prints(self, held_out: set[str]) -> dict[str, np.ndarray]:
+        return {d.id: fingerprints(d.text) for d in self.source.documents() if d.id in held_out}
+
+    def _tokenised(self) -> Iterator[tuple[Document, np.ndarray]]:
+        with progress("tokenising", total=self.source.num_bytes, quiet=self.quiet) as advance:
+            for batch in _batches(without_copies(self.source.documents())):
+                yield from zip(batch, self.tokenizer.encode_batch([d.text for d in batch]), strict=True)
+                advance(sum(document.num_bytes for document in batch))
 
     def _write(self, split: Split, document: Document, ids: np.ndarray) -> None:
         part = (split, document.domain)

@@ -127,8 +127,11 @@ def file_source(path: Path) -> FileSource:
     Raises:
         MoevizError: nothing there, or no text in it.
     """
-    files = tuple(file for file in labelled_files(path) if file.path.suffix not in TOKEN_SUFFIXES)
-    files = tuple(file for file in files if _is_gzip(file.path) or not _is_binary(file.path))
+    found = labelled_files(path)
+    tokens = [file.path.name for file in found if file.path.suffix in TOKEN_SUFFIXES]
+    if tokens:
+        raise MoevizError(f"{path} mixes text with token files ({tokens[0]}); put them in separate folders")
+    files = tuple(file for file in found if _is_gzip(file.path) or not _is_binary(file.path))
     if not files:
         raise MoevizError(f"no text in {path}; name a .txt or .jsonl file, or a folder that holds some")
     return FileSource(files)

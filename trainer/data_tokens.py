@@ -7,14 +7,17 @@ overlapping windows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moeviz.errors import MoevizError
 from trainer.corpus import Split
+from trainer.data_cache import digest
 from trainer.data_shards import Part, Shards
-from trainer.data_sources import TOKEN_SUFFIXES, LabelledFile, labelled_files
+from trainer.data_sources import TOKEN_SUFFIXES, labelled_files
 
 _NAMED_SPLITS: dict[str, Split] = {
     "train": "train",
@@ -22,7 +25,25 @@ _NAMED_SPLITS: dict[str, Split] = {
     "valid": "validation",
     "validation": "validation",
 }
-_SCAN_TOKENS = 1 << 24
+_CHUNK_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFormat:
+    """What the ids in token files mean."""
+
+    vocab_size: int
+    """V; every id must be below it."""
+    eos_id: int | None = None
+    """The id that ends a document, where it is known."""
+    dtype: str = "auto"
+    """Of .bin files: `uint16`, `uint32`, or `auto`: 16 bits when V fits. .npy files say it themselves."""
+
+    @property
+    def bin_dtype(self) -> np.dtype[Any]:
+        if self.dtype == "auto":
+            return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        return np.dtype(np.uint16 if self.dtype == "uint16" else np.uint32)
 
 
 def is_token_path(path: Path) -> bool:
@@ -35,45 +56,78 @@ def is_token_path(path: Path) -> bool:
 
 def token_shards(
     path: Path,
+    token_format: TokenFormat,
     *,
-    vocab_size: int,
-    eos_id: int | None = None,
-    dtype: str = "uint16",
+    validation: Path | None = None,
     validation_fraction: float = 0.05,
 ) -> Shards:
     """Shards over token files.
 
     Args:
-        vocab_size: V; every id must be below it.
-        dtype: of the ids in .bin files, `uint16` or `uint32`; .npy files say it themselves.
+        validation: token files to evaluate on; then all of `path` is trained on.
 
     Raises:
-        MoevizError: missing or empty file, an array that is no list of integers, or an id that V does not
-            cover.
+        MoevizError: a missing or empty file, no list of integers, or an id that V does not cover.
     """
-    files = labelled_files(path)
     arrays: dict[Part, tuple[np.ndarray, np.ndarray]] = {}
-    for file in files:
-        tokens = _read(file.path, dtype)
-        _check_ids(tokens, file.path, vocab_size)
-        split = _NAMED_SPLITS.get(file.domain) if len(files) > 1 else None
-        if split:
-            arrays[split, path.resolve().name] = tokens, _starts(tokens, eos_id)
-        else:
-            _hold_out_tail(arrays, file, tokens, eos_id, validation_fraction)
-    return Shards(arrays, vocab_size, eos_id)
+    read: list[Path] = []
+    roots: list[tuple[Split, Path]] = [("train", path)]
+    if validation is not None:
+        roots.append(("validation", validation))
+    for split, root in roots:
+        files = [file.path for file in labelled_files(root)]
+        read += files
+        for file in files:
+            tokens = _read(file, token_format)
+            label = _domain(file, root)
+            named = _NAMED_SPLITS.get(file.stem) if len(files) > 1 else None
+            parts: list[tuple[Split, np.ndarray]]
+            if validation is not None:
+                parts = [(split, tokens)]
+            elif named:
+                parts = [(named, tokens)]
+            else:
+                parts = _without_tail(tokens, token_format.eos_id, validation_fraction)
+            for side, part in parts:
+                arrays[side, label] = part, _starts(part, token_format.eos_id)
+    identity = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in read]
+    return Shards(arrays, token_format.vocab_size, token_format.eos_id, digest(identity))
 
 
-def _read(path: Path, dtype: str) -> np.ndarray:
+def _domain(file: Path, root: Path) -> str:
+    """`python/train.bin` -> python, `code/part1.npy` -> code/part1, a file that was named itself -> its stem."""
+    if file == root:
+        return file.stem
+    inside = file.relative_to(root).with_suffix("")
+    if file.stem not in _NAMED_SPLITS:
+        return inside.as_posix()
+    return inside.parent.as_posix() if inside.parent.parts else root.resolve().name
+
+
+def _read(path: Path, token_format: TokenFormat) -> np.ndarray:
+    if path.suffix not in TOKEN_SUFFIXES:
+        raise MoevizError(f"{path} is no token file; name one that ends in {' or '.join(TOKEN_SUFFIXES)}")
     if path.stat().st_size == 0:
         raise MoevizError(f"{path} is empty; write token ids to it first")
-    if path.suffix == ".bin":
-        width = np.dtype(dtype).itemsize
-        if path.stat().st_size % width:
-            raise MoevizError(
-                f"{path} has {path.stat().st_size} bytes, no multiple of {dtype}; set the other token dtype"
-            )
-        return np.memmap(path, dtype=dtype, mode="r")
+    tokens = _read_bin(path, token_format) if path.suffix == ".bin" else _read_npy(path)
+    _check_ids(tokens, path, token_format.vocab_size)
+    return tokens
+
+
+def _read_bin(path: Path, token_format: TokenFormat) -> np.ndarray:
+    dtype, size = token_format.bin_dtype, path.stat().st_size
+    if size % dtype.itemsize:
+        raise MoevizError(
+            f"{path} has {size} bytes, no multiple of {dtype}; set token_dtype to the other one"
+        )
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    head = tokens[:4096]
+    if dtype.itemsize == 2 and len(head) >= 16 and head[0::2].any() and not head[1::2].any():
+        raise MoevizError(f"{path} looks like uint32 (every other id is 0); set token_dtype=uint32")
+    return tokens
+
+
+def _read_npy(path: Path) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -86,8 +140,8 @@ def _read(path: Path, dtype: str) -> np.ndarray:
 
 
 def _check_ids(tokens: np.ndarray, path: Path, vocab_size: int) -> None:
-    for start in range(0, len(tokens), _SCAN_TOKENS):
-        chunk = tokens[start : start + _SCAN_TOKENS]
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        chunk = tokens[start : start + _CHUNK_TOKENS]
         bad = np.flatnonzero((chunk >= vocab_size) | (chunk < 0))
         if len(bad):
             raise MoevizError(
@@ -96,20 +150,13 @@ def _check_ids(tokens: np.ndarray, path: Path, vocab_size: int) -> None:
             )
 
 
-def _hold_out_tail(
-    arrays: dict[Part, tuple[np.ndarray, np.ndarray]],
-    file: LabelledFile,
-    tokens: np.ndarray,
-    eos_id: int | None,
-    fraction: float,
-) -> None:
+def _without_tail(tokens: np.ndarray, eos_id: int | None, fraction: float) -> list[tuple[Split, np.ndarray]]:
     cut = len(tokens) - round(len(tokens) * fraction)
     if eos_id is not None:
         ends = np.flatnonzero(tokens[cut:] == eos_id)
         cut += int(ends[0]) + 1 if len(ends) else 0
-    for split, part in (("train", tokens[:cut]), ("validation", tokens[cut:])):
-        if len(part):
-            arrays[split, file.domain] = part, _starts(part, eos_id)  # type: ignore[index]
+    parts: list[tuple[Split, np.ndarray]] = [("train", tokens[:cut]), ("validation", tokens[cut:])]
+    return [(split, part) for split, part in parts if len(part)]
 
 
 def _starts(tokens: np.ndarray, eos_id: int | None) -> np.ndarray:

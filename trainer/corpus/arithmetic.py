@@ -130,7 +130,7 @@ def common_divisor(dice: Dice) -> str:
     while y:
         lines.append(f"  {x} = {x // y} * {y} + {x % y}")
         x, y = y, x % y
-    return "\n".join([*lines, f"gcd({a}, {b}) = {x}"])
+    return "\n".join([*lines, f"So gcd({a}, {b}) is {x}."])
 
 
 def factors(dice: Dice) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from moeviz.errors import MoevizError
-from trainer.corpus.documents import Document, split_of, without_copies
+from trainer.corpus.documents import Document, choose_held_out, without_copies
 from trainer.corpus.domains import DOMAINS, Domain
 from trainer.corpus.overlap import fingerprints, near_copies
 from trainer.data_cache import cached, digest
@@ -65,7 +65,12 @@ class Corpus:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest: dict[str, Any] = orjson.loads((path / "manifest.json").read_bytes())
+        try:
+            self.manifest: dict[str, Any] = orjson.loads((path / "manifest.json").read_bytes())
+        except (OSError, orjson.JSONDecodeError) as error:
+            raise MoevizError(
+                f"the corpus in {path} is damaged ({error}); delete that folder to rebuild"
+            ) from error
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -142,10 +147,14 @@ def _all_texts(domains: list[Domain], config: CorpusConfig) -> Iterator[Document
 
 def _split(documents: list[Document], fraction: float) -> list[Document]:
     """Give each document its side and drop the validation documents that are near-copies of training text."""
-    sided = [Document(d.domain, d.text, split_of(d.id, fraction)) for d in documents]
-    held_out = {d.id: fingerprints(d.text) for d in sided if d.split == "validation"}
-    copies = near_copies(held_out, (fingerprints(d.text) for d in sided if d.split == "train"))
-    return [document for document in sided if document.id not in copies]
+    held_out = choose_held_out(documents, fraction)
+    prints = {d.id: fingerprints(d.text) for d in documents if d.id in held_out}
+    copies = near_copies(prints, (fingerprints(d.text) for d in documents if d.id not in held_out))
+    return [
+        replace(document, split="validation" if document.id in held_out else "train")
+        for document in documents
+        if document.id not in copies
+    ]
 
 
 def _write_domain(folder: Path, domain: Domain, documents: list[Document]) -> dict[str, Any]:

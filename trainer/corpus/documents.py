@@ -7,12 +7,14 @@ come and go, and a copy can never sit on the other side. Near-copies are caught 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 Split = Literal["train", "validation"]
+_ENOUGH = 10
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
@@ -43,6 +45,27 @@ def document_id(text: str) -> str:
 def split_of(document_id: str, validation_fraction: float) -> Split:
     """Which side a document is on, a function of its content alone."""
     return "validation" if int(document_id, 16) < validation_fraction * 2**64 else "train"
+
+
+def choose_held_out(documents: Iterable[Document], validation_fraction: float) -> set[str]:
+    """Ids of the documents to validate on.
+
+    A domain of at least ten documents of which the fraction would take none gives the one with the smallest id.
+    """
+    held_out: set[str] = set()
+    smallest: dict[str, str] = {}
+    count: dict[str, int] = defaultdict(int)
+    covered: set[str] = set()
+    for document in documents:
+        if (document.split or split_of(document.id, validation_fraction)) == "validation":
+            held_out.add(document.id)
+            covered.add(document.domain)
+        elif document.split is None:
+            count[document.domain] += 1
+            smallest[document.domain] = min(document.id, smallest.get(document.domain, document.id))
+    if validation_fraction:
+        held_out |= {smallest[name] for name, n in count.items() if n >= _ENOUGH and name not in covered}
+    return held_out
 
 
 def without_copies(documents: Iterable[Document]) -> Iterator[Document]:

@@ -35,15 +35,17 @@ _INVERSES = _powers(_CHUNK + WINDOW_BYTES, pow(_BASE, -1, 2**64))
 
 
 def fingerprints(text: str) -> np.ndarray:
-    """Kept window hashes of a text, uint64, sorted and unique. A text shorter than a window has one: its own
-    hash.
+    """Kept window hashes of a text, uint64, sorted and unique; at least one.
+
+    A text shorter than a window has its own hash, a slightly longer one of which none is kept the smallest.
     """
     data = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
     if len(data) <= WINDOW_BYTES:
         return _window_hashes(np.pad(data, (0, WINDOW_BYTES + 1 - len(data))))[:1]
     step = _CHUNK - WINDOW_BYTES
-    kept = [_kept(_window_hashes(data[start : start + _CHUNK])) for start in range(0, len(data), step)]
-    return np.unique(np.concatenate(kept))
+    hashes = [_window_hashes(data[start : start + _CHUNK]) for start in range(0, len(data), step)]
+    kept = np.unique(np.concatenate([_kept(part) for part in hashes]))
+    return kept if len(kept) else np.min(hashes[0], keepdims=True)
 
 
 class Found:
