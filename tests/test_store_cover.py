@@ -79,7 +79,7 @@ def merge_history(seed: int) -> list[tuple[float, list[SegmentName], int]]:
 def test_every_flush_is_seen_exactly_once_at_every_moment(seed: int) -> None:
     for now, folder, newest in merge_history(seed):
         assert [n for _, _, n in flushes(folder, now)] == list(range(newest + 1))
-        assert holes(map(str, folder), now) == []
+        assert holes(map(str, folder)) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -121,4 +121,12 @@ def test_an_attempt_of_one_rank_cuts_the_others_too() -> None:
 
 def test_lost_files_are_found_by_their_flush_numbers() -> None:
     kept = [name(n, n) for n in (0, 1, 2, 5, 6, 8)] + [name(3, 3, rank=1)]
-    assert holes(map(str, kept), 1.0) == [(0, 0, 3, 4), (0, 0, 7, 7), (1, 0, 1, 2)]
+    assert holes(map(str, kept)) == [(0, 0, 3, 4), (0, 0, 7, 7), (1, 0, 1, 2)]
+
+
+def test_a_reader_whose_clock_is_behind_takes_the_merged_file_when_its_parts_are_gone() -> None:
+    merged = name(1, 4, 1, active=1000.0)
+    assert flushes([name(0, 0), merged, name(5, 5)], now=10.0) == [(0, 0, n) for n in range(6)]
+    parts = [name(n, n) for n in range(6)]
+    assert [one.name.level for one in cover(map(str, [*parts, merged]), 10.0)] == [0] * 6
+    assert [one.name.level for one in cover(map(str, [*parts, merged]), 1001.0)] == [0, 1, 0]

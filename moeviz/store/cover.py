@@ -63,15 +63,18 @@ def cover(names: Iterable[str], now: float) -> list[Covered]:
 
     Args:
         names: file names of one table's folder; names that are no segments are ignored.
-        now: seconds since the epoch; merged files that are not active yet are left out.
+        now: seconds since the epoch. A merged file that is not active yet stands back behind what it covers, and
+            counts only where nothing else holds its rows (the clock that deleted them was ahead of this one).
     """
     parsed = [name for text in names if (name := SegmentName.parse(text)) is not None]
-    active = [name for name in parsed if name.level == 0 or name.active_ms <= now * 1000]
-    active.sort(key=lambda n: (n.rank, n.attempt, n.first_flush, -n.last_flush, -n.level, n.active_ms))
-    starts = {name.attempt: name.from_step for name in active}
+    waiting = {name for name in parsed if name.level > 0 and name.active_ms > now * 1000}
+    parsed.sort(
+        key=lambda n: (n.rank, n.attempt, n.first_flush, n in waiting, -n.last_flush, -n.level, n.active_ms)
+    )
+    starts = {name.attempt: name.from_step for name in parsed}
     chosen: list[Covered] = []
     writer, covered_to = (-1, -1), -1
-    for name in active:
+    for name in parsed:
         if (name.rank, name.attempt) != writer:
             writer, covered_to = (name.rank, name.attempt), -1
         if name.first_flush <= covered_to:
@@ -85,14 +88,14 @@ def cover(names: Iterable[str], now: float) -> list[Covered]:
     return chosen
 
 
-def holes(names: Iterable[str], now: float) -> list[tuple[int, int, int, int]]:
+def holes(names: Iterable[str]) -> list[tuple[int, int, int, int]]:
     """Flushes that no file holds, as (rank, attempt, first, last): files that got lost on the way here."""
     found: list[tuple[int, int, int, int]] = []
     writer, expected = (-1, -1), 1
     parsed = sorted(
         (n.rank, n.attempt, n.first_flush, n.last_flush)
         for text in names
-        if (n := SegmentName.parse(text)) is not None and (n.level == 0 or n.active_ms <= now * 1000)
+        if (n := SegmentName.parse(text)) is not None
     )
     for rank, attempt, first, last in parsed:
         if (rank, attempt) != writer:

@@ -67,7 +67,7 @@ class Listing:
             name.active_ms / 1000 for text in names if (name := SegmentName.parse(text)) and name.level > 0
         )
         self._activation = min((at for at in pending if at > now), default=float("inf"))
-        self.notes = self._find_faults(names, now)
+        self.notes = self._find_faults(names)
         if files != self.files or self.revision == 0:
             self.files = files
             self.revision += 1
@@ -127,11 +127,11 @@ class Listing:
         self._whole.intersection_update(names)
         return whole
 
-    def _find_faults(self, names: list[str], now: float) -> list[str]:
+    def _find_faults(self, names: list[str]) -> list[str]:
         notes = [f"{self.table}/{name} is damaged and skipped" for name in sorted(self._damaged)]
         if not names:
             notes.append(f"{self.table} has no readable files")
-        for rank, attempt, first, last in holes(names, now):
+        for rank, attempt, first, last in holes(names):
             flushes = f"flush {first}" if first == last else f"flushes {first} to {last}"
             notes.append(f"{self.table}: {flushes} of rank {rank}, attempt {attempt} are missing")
         return notes
