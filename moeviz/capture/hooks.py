@@ -8,7 +8,7 @@ after the forward of the root has ended (the switch is off) or inside a graph ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,31 @@ def hook_root(
     ]
 
 
-def remove(handles: Sequence[Handle]) -> None:
-    for handle in handles:
-        handle.remove()
+class CompiledCheckpointing:
+    """While a probe is attached: torch.compile may trace a hook inside activation checkpointing.
+
+    A compiled checkpoint refuses side effects, because a recomputation would replay them. A hook wants exactly
+    what the setting offers: the assignment once, in the forward.
+    """
+
+    _NAME = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    _users = 0
+    _before = False
+
+    def __init__(self) -> None:
+        import torch._dynamo.config as config
+
+        kind = type(self)
+        self._config = config if hasattr(config, self._NAME) else None
+        if self._config is not None:
+            if kind._users == 0:
+                kind._before = getattr(config, self._NAME)
+                setattr(config, self._NAME, True)
+            kind._users += 1
+
+    def remove(self) -> None:
+        if self._config is not None:
+            type(self)._users -= 1
+            if type(self)._users == 0:
+                setattr(self._config, self._NAME, type(self)._before)
+            self._config = None

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from moeviz.capture.attention import block_maps, choose_heads, select
 from moeviz.capture.collect import Collector, StepSums, group_layers
 from moeviz.capture.failures import ProbeError
-from moeviz.capture.hooks import CoreSlot, RouterSlot, Switch, hook_core, hook_root, hook_router, in_backward
+from moeviz.capture.hooks import (
+    CompiledCheckpointing,
+    CoreSlot,
+    RouterSlot,
+    Switch,
+    hook_core,
+    hook_root,
+    hook_router,
+    in_backward,
+)
 from moeviz.capture.micro_batch import MicroBatch, parameter_names, read_call
 from moeviz.capture.reading import AttentionCall, Handle, Observe, ReadRouter
 from moeviz.capture.samples import Sampler, StepSamples
@@ -56,7 +65,7 @@ class Tap:
         self._names = parameter_names(sites.root)
 
     def attach(self) -> None:
-        self._handles += hook_root(self._root, self._begin, self._end)
+        self._handles += [CompiledCheckpointing(), *hook_root(self._root, self._begin, self._end)]
         for layer, site in enumerate(self._routers):
             guard = self._router_guard(layer, site.read)
             self._handles.append(hook_router(site, self._router_slots[layer], self._switch, guard))
