@@ -1,110 +1,43 @@
 """Grouped-query attention (Ainslie et al. 2023), which is multi-head with G = H and multi-query with G = 1.
 
-The product softmax(q k^T) v sits in a core, a module of its own called as `core(q, k, v)`: whoever wants to
-see attention hooks the core and computes the rows it cares about from q and k; nothing here returns
-weights. `EagerCore` spells the formula out and is the oracle of the others.
-
-Here H counts query heads, G key and value heads, S queries, C keys (C >= S: the queries are the last S of
-the C positions), and D is the width of one head.
+The product softmax(q k^T) v sits in a core (`model.attention_core`), a module of its own. Here H counts query
+heads, G key and value heads, S queries, C keys, and D is the width of one head.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention_core import AttentionCore
+from model.attention_kernels import build_core
 from model.config import ModelConfig
-from model.kv_cache import LayerCache
+from model.kv_layer import Held, LayerCache
+from model.masks import visible_slots
 from model.norm import RMSNorm
-from model.precision import at_least_float32
 from model.rope import RopeTables, rotate
-
-
-def visible_keys(num_queries: int, num_keys: int, valid_BC: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys each query may read: bool [S, C], or [B, 1, S, C] where padding differs between sequences.
-
-    Query s stands at position C - S + s and reads nothing after itself. A query always reads its own
-    position, also where that is padding: a row without any key would be 0/0.
-    """
-    query_S1 = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    key_C = torch.arange(num_keys, device=device)
-    causal_SC = key_C <= query_S1
-    if valid_BC is None:
-        return causal_SC
-    return causal_SC & (valid_BC[:, None, None, :] | (key_C == query_S1))
-
-
-class AttentionCore(nn.Module):
-    """softmax(q k^T * softmax_scale) v, causal. A hook reads the attributes to recompute any row."""
-
-    causal = True
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.softmax_scale = config.head_width**-0.5
-        self.num_kv_groups = config.num_heads // config.kv_heads
-        """Query heads that share one key head; query head h reads key head h // num_kv_groups."""
-
-    def forward(
-        self, q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, valid_BC: Tensor | None = None
-    ) -> Tensor:
-        """Returns [B, H, S, D]. `valid_BC` is False at padding keys."""
-        raise NotImplementedError
-
-
-class EagerCore(AttentionCore):
-    """The formula, line by line; memory grows with S x C."""
-
-    def forward(
-        self, q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, valid_BC: Tensor | None = None
-    ) -> Tensor:
-        k_BHCD = k_BGCD.repeat_interleave(self.num_kv_groups, dim=1)
-        v_BHCD = v_BGCD.repeat_interleave(self.num_kv_groups, dim=1)
-        scores_BHSC = at_least_float32(q_BHSD @ k_BHCD.transpose(-1, -2)) * self.softmax_scale
-        visible = visible_keys(q_BHSD.shape[2], k_BGCD.shape[2], valid_BC, q_BHSD.device)
-        weights_BHSC = scores_BHSC.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-        return weights_BHSC.to(v_BHCD.dtype) @ v_BHCD
-
-
-class SdpaCore(AttentionCore):
-    """torch's scaled_dot_product_attention, which picks a fused kernel where it can."""
-
-    def forward(
-        self, q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, valid_BC: Tensor | None = None
-    ) -> Tensor:
-        queries, keys = q_BHSD.shape[2], k_BGCD.shape[2]
-        plain = valid_BC is None and queries in (1, keys)
-        return F.scaled_dot_product_attention(
-            q_BHSD,
-            k_BGCD,
-            v_BGCD,
-            attn_mask=None if plain else visible_keys(queries, keys, valid_BC, q_BHSD.device),
-            # torch aligns its causal mask to the first key: right only for a square one, and one query sees
-            # all keys.
-            is_causal=plain and queries > 1,
-            scale=self.softmax_scale,
-            enable_gqa=self.num_kv_groups > 1,
-        )
 
 
 class Attention(nn.Module):
     """Project to heads, turn by position, attend, project back; parameter names of Llama."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         q_dim, kv_dim = config.num_heads * config.head_width, config.kv_heads * config.head_width
         self.head_width = config.head_width
         self.qk_norm = config.qk_norm
-        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        self.rope_pairs = config.rope.rope_pairs
+        biased = config.attention_bias != "none"
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=biased)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=biased)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=biased)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.attention_bias == "all")
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
             self.q_norm = RMSNorm(config.head_width if per_head else q_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_width if per_head else kv_dim, config.norm_eps)
-        self.core: AttentionCore = SdpaCore(config)
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.reach.head_sinks else None
+        self.core: AttentionCore = build_core(config, layer)
 
     def forward(
         self,
@@ -113,12 +46,16 @@ class Attention(nn.Module):
         valid_BC: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
+        """`rope` ends with the angles of these S positions; it begins earlier for a cache that rotates late."""
         q_BHSD, k_BGSD = self._queries_and_keys(x_BSD)
-        q_BHSD, k_BGSD = rotate(q_BHSD, rope), rotate(k_BGSD, rope)
-        v_BGSD = self._split(self.v_proj(x_BSD))
-        if cache is not None:
-            k_BGSD, v_BGSD = cache.append(k_BGSD, v_BGSD)
-        heads_BHSD = self.core(q_BHSD, k_BGSD, v_BGSD, valid_BC)
+        q_BHSD = rotate(q_BHSD, rope.last(x_BSD.shape[1]), self.rope_pairs)
+        late = cache is not None and cache.rotates_late
+        if not late:
+            k_BGSD = rotate(k_BGSD, rope, self.rope_pairs)
+        held = hold(cache, k_BGSD, self._split(self.v_proj(x_BSD)))
+        if late:
+            held = held._replace(k_BGCD=rotate(held.k_BGCD, rope, self.rope_pairs))
+        heads_BHSD = attend(self.core, q_BHSD, held, valid_BC, cache, self.sinks)
         return self.o_proj(heads_BHSD.transpose(1, 2).flatten(2))
 
     def _queries_and_keys(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,8 +72,36 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
 
+def hold(cache: LayerCache | None, k_BGSD: Tensor, v_BGSD: Tensor) -> Held:
+    """What may be read: the new keys and values, behind those of the cache."""
+    return Held(k_BGSD, v_BGSD, None) if cache is None else cache.append(k_BGSD, v_BGSD)
+
+
+def attend(
+    core: AttentionCore,
+    q_BHSD: Tensor,
+    held: Held,
+    valid_BC: Tensor | None,
+    cache: LayerCache | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Run the core over what is held, and tell the cache what was read."""
+    mask = valid_BC
+    if cache is not None and held.positions is not None:
+        mask = visible_slots(core.reach, q_BHSD.shape[2], cache.length, held.positions, valid_BC)
+        if 1 < mask.shape[1] < q_BHSD.shape[1]:
+            mask = mask.repeat_interleave(q_BHSD.shape[1] // mask.shape[1], dim=1)
+    more = {} if sinks_H is None else {"sinks_H": sinks_H}
+    out_BHSD = core(q_BHSD, held.k_BGCD, held.v_BGCD, mask, **more)
+    if cache is not None and cache.observes:
+        visible = core.visible_keys(q_BHSD.shape[2], held.k_BGCD.shape[2], mask, q_BHSD.device)
+        cache.observe(q_BHSD, held.k_BGCD, core.softmax_scale, visible)
+    return out_BHSD
+
+
 def set_attention_core(model: nn.Module, core: type[AttentionCore], config: ModelConfig) -> None:
     """Exchange the core of every attention layer, for example for `EagerCore` to check a fused one."""
     for module in model.modules():
-        if isinstance(module, Attention):
-            module.core = core(config)
+        old = getattr(module, "core", None)
+        if isinstance(old, AttentionCore) and old.exchangeable:
+            module.core = core(config, old.layer)

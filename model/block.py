@@ -9,11 +9,16 @@ from torch import Tensor, nn
 from model.attention import Attention
 from model.config import ModelConfig
 from model.feedforward import FeedForward
-from model.kv_cache import LayerCache
+from model.kv_latents import LatentCache
+from model.kv_layer import LayerCache
+from model.latent_attention import LatentAttention
+from model.mla import LatentHeadAttention
 from model.moe import SparseMoE
 from model.norm import RMSNorm
 from model.rope import RopeTables
 from model.router import Routing
+
+_ATTENTIONS = {"gqa": Attention, "mla": LatentHeadAttention, "latent": LatentAttention}
 
 
 class BlockOutput(NamedTuple):
@@ -28,7 +33,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = _ATTENTIONS[config.attention](config, layer)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         moe = config.is_moe(layer)
         self.mlp: nn.Module = SparseMoE(config) if moe else FeedForward(config.dim, config.dense_dim)
@@ -38,7 +43,7 @@ class Block(nn.Module):
         x_BSD: Tensor,
         rope: RopeTables,
         valid_BC: Tensor | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | LatentCache | None = None,
     ) -> BlockOutput:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, valid_BC, cache)
         y = self.mlp(self.post_attention_layernorm(x_BSD))

@@ -1,4 +1,4 @@
-"""What a model is, as plain data: two frozen dataclasses the command line can read without torch.
+"""What a model is, as plain data: frozen dataclasses the command line can read without torch.
 
 Whether a combination makes sense is decided here, once, in `__post_init__`; whoever reads a config trusts it.
 Sizes follow the legend of the project: D width, F hidden width of one expert, E experts, K experts per token,
@@ -11,8 +11,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-AttentionKind = Literal["gqa"]
-QKNorm = Literal["none", "head", "projection"]
+from model.attention_config import (
+    AttentionBias,
+    AttentionKernel,
+    AttentionKind,
+    LatentConfig,
+    MLAConfig,
+    QKNorm,
+    ReachConfig,
+    RopeConfig,
+)
+
 Score = Literal["softmax", "sigmoid", "softmax_topk"]
 GroupScore = Literal["max", "top2_sum"]
 
@@ -67,11 +76,23 @@ class ModelConfig:
     max_seq_len: int = 512
     """Longest sequence the model is trained on and may generate, in tokens."""
     attention: AttentionKind = "gqa"
-    """Kind of attention: gqa (grouped queries; covers multi-head and multi-query)."""
+    """gqa (grouped queries; covers multi-head and multi-query), mla (DeepSeek), or latent (in two stages)."""
+    attention_bias: AttentionBias = "none"
+    """Biases on no projection, on queries, keys and values (Qwen2), or on all; in mla on its outer ones."""
+    attention_kernel: AttentionKernel = "auto"
+    """What computes attention; auto: flash-attn on CUDA where it is installed and fits, torch's SDPA else."""
     qk_norm: QKNorm = "none"
     """RMSNorm on queries and keys: none, per head (Qwen3), or over the whole projection (OLMoE)."""
     rope_base: float = 10_000.0
     """Base of the rotary position frequencies."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary positions beyond their base."""
+    reach: ReachConfig = field(default_factory=ReachConfig)
+    """Which earlier positions a query may read."""
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    """Widths of attention=mla."""
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    """Sizes of attention=latent."""
     norm_eps: float = 1e-5
     """Added to the mean square in every RMSNorm."""
     tie_embeddings: bool = False
@@ -136,9 +157,32 @@ class ModelConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}; "
                 "every key head serves the same number of query heads"
             )
-        if self.head_width % 2:
+        self._check_reach()
+        if self.rotary_width % 2 or self.rotary_width == 0:
+            name = "qk_rope_head_dim" if self.attention == "mla" else "head_dim"
+            share = "" if self.rope.rotary_share == 1 else f" of which rotary_share={self.rope.rotary_share}"
             raise ValueError(
-                f"head_dim={self.head_width} is odd; rotary positions turn pairs, give an even width"
+                f"{name}={self.rope_head_width}{share} is odd; rotary positions turn pairs, give an even width"
+            )
+
+    def _check_reach(self) -> None:
+        kind, reach = self.attention, self.reach
+        narrowed = (
+            reach.window is not None or reach.sparsity != "none" or reach.sink_tokens or reach.head_sinks
+        )
+        if kind == "latent" and narrowed:
+            raise ValueError(
+                f"attention=latent with {reach} has two reaches; latents see all and queries their chunk: "
+                "leave window, sink_tokens, sparsity and head_sinks at their defaults"
+            )
+        if kind == "mla" and self.qk_norm != "none":
+            raise ValueError(
+                f"qk_norm={self.qk_norm} does not fit attention=mla, which norms its latents; use none"
+            )
+        if kind == "mla" and self.num_kv_heads not in (None, self.num_heads):
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not fit attention=mla, whose heads share a latent; "
+                "leave it out"
             )
 
     def _check_routing(self) -> None:
@@ -171,6 +215,24 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one head, with the default filled in."""
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rope_head_width(self) -> int:
+        """Width of what positions may turn: a head, or the part of it with position in mla."""
+        return self.mla.qk_rope_head_dim if self.attention == "mla" else self.head_width
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of what they do turn."""
+        share = 1.0 if self.attention == "mla" else self.rope.rotary_share
+        return int(self.rope_head_width * share)
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the scores q k^T."""
+        if self.attention != "mla":
+            return self.head_width**-0.5
+        return (self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim) ** -0.5 * self.rope.score_factor
 
     @property
     def num_moe_layers(self) -> int:
@@ -209,9 +271,30 @@ class ModelConfig:
         return embeddings + layers + self.dim
 
     def _attention_parameters(self) -> int:
+        if self.attention == "mla":
+            return self._mla_parameters()
         q_dim, kv_dim = self.num_heads * self.head_width, self.kv_heads * self.head_width
         norms = {"none": 0, "head": 2 * self.head_width, "projection": q_dim + kv_dim}[self.qk_norm]
-        return 2 * self.dim * (q_dim + kv_dim) + norms
+        biases = {"none": 0, "qkv": q_dim + 2 * kv_dim, "all": q_dim + 2 * kv_dim + self.dim}
+        latents = self.latents.num_latents * kv_dim if self.attention == "latent" else 0
+        return 2 * self.dim * (q_dim + kv_dim) + norms + biases[self.attention_bias] + latents + self._sinks()
+
+    def _mla_parameters(self) -> int:
+        mla, heads = self.mla, self.num_heads
+        qk_width, out = mla.qk_nope_head_dim + mla.qk_rope_head_dim, heads * mla.v_head_dim
+        queries = self.dim * heads * qk_width
+        if mla.q_lora_rank is not None:
+            queries = mla.q_lora_rank * (self.dim + 1 + heads * qk_width)
+        down = self.dim * (mla.kv_lora_rank + mla.qk_rope_head_dim) + mla.kv_lora_rank
+        up = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        bias = 0
+        if self.attention_bias != "none":
+            bias = (mla.q_lora_rank or 0) + mla.kv_lora_rank + mla.qk_rope_head_dim
+            bias += self.dim if self.attention_bias == "all" else 0
+        return queries + down + up + out * self.dim + bias + self._sinks()
+
+    def _sinks(self) -> int:
+        return self.num_heads if self.reach.head_sinks else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data for JSON, the inverse of `from_dict`."""
@@ -221,9 +304,20 @@ class ModelConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Inverse of `to_dict`. Raises ValueError for a field that this version does not know."""
         values = dict(data)
-        if isinstance(values.get("router"), Mapping):
-            values["router"] = _build(RouterConfig, values["router"], "router.")
+        for name, kind in _NESTED.items():
+            if isinstance(values.get(name), Mapping):
+                values[name] = _build(kind, values[name], f"{name}.")
         return _build(cls, values, "")
+
+
+_NESTED = {
+    "router": RouterConfig,
+    "rope": RopeConfig,
+    "reach": ReachConfig,
+    "mla": MLAConfig,
+    "latents": LatentConfig,
+}
+"""Fields that are configs themselves."""
 
 
 def _build(kind: type, data: Mapping[str, Any], prefix: str) -> Any:

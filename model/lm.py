@@ -61,15 +61,24 @@ class Decoder(nn.Module):
         self, input_ids_BS: Tensor, valid_BC: Tensor | None = None, cache: KVCache | None = None
     ) -> DecoderOutput:
         hidden_BSD = self.embed_tokens(input_ids_BS)
-        start = cache.length if cache is not None else 0
-        rope = rope_tables(self.config, start, input_ids_BS.shape[1], hidden_BSD)
+        ropes = self._ropes(input_ids_BS.shape[1], hidden_BSD, cache)
         routings = []
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
+            rope = ropes[self.config.reach.is_local(index)]
             hidden_BSD, routing = self._run(block, hidden_BSD, rope, valid_BC, layer_cache)
             if routing is not None:
                 routings.append(routing)
         return DecoderOutput(self.norm(hidden_BSD), tuple(routings))
+
+    def _ropes(self, num_new: int, like: Tensor, cache: KVCache | None) -> tuple[RopeTables, RopeTables]:
+        """Angles for layers that read everything, and for local ones; what is cached may need them as well."""
+        start, length = (0, num_new) if cache is None else cache.rope_range(num_new)
+        total = start + length if cache is None else cache.max_length
+        everywhere = rope_tables(self.config, start, length, like, total_length=total)
+        if self.config.rope.local_rope_base is None:
+            return everywhere, everywhere
+        return everywhere, rope_tables(self.config, start, length, like, local=True)
 
     def _run(self, block: nn.Module, hidden_BSD: Tensor, rope: RopeTables, *rest: Any) -> BlockOutput:
         if not (self.recompute and self.training and torch.is_grad_enabled()):
@@ -153,13 +162,15 @@ class MoELanguageModel(nn.Module):
         one.
 
         There are 2 * num_layers such writes, and their variances add up: GPT-2's factor 1 / sqrt(2 *
-        num_layers) keeps the stream's scale independent of depth. Norms start at 1, selection biases at 0.
+        num_layers) keeps the stream's scale independent of depth. Norms start at 1, biases at 0.
         """
         std = self.config.init_std
         residual_std = std / (2 * self.config.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj", "down_proj.weight"))
                 parameter.normal_(0.0, residual_std if writes else std)

@@ -1,8 +1,8 @@
 """Rotary positions (Su et al. 2021): queries and keys turn by an angle that grows with their position.
 
-Pairs are (i, i + D/2), the layout of Llama and its checkpoints, not neighbours. The tables are computed
-once per forward pass in float32 and kept in no buffer: `model.bfloat16()` would round a buffer, and rounded
-angles are wrong by whole radians a few hundred positions on.
+Pairs are (i, i + D/2), the layout of Llama and its checkpoints, or neighbours, that of DeepSeek's. The tables
+are computed once per forward pass in float32 and kept in no buffer: `model.bfloat16()` would round a buffer,
+and rounded angles are wrong by whole radians a few hundred positions on.
 """
 
 from __future__ import annotations
@@ -12,32 +12,57 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.attention_config import RopePairs
 from model.config import ModelConfig
+from model.rope_scaling import inverse_frequencies
 
 
 class RopeTables(NamedTuple):
-    """Cosine and sine of every position's angles; D is the width of one head, both halves alike."""
+    """Cosine and sine of every position's angles; D is the width that turns, both halves alike."""
 
     cos_SD: Tensor
     sin_SD: Tensor
 
-
-def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Radians per position of each of the D/2 pairs, base^(-2i/D), float32."""
-    width = config.head_width
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    return 1.0 / config.rope_base**exponents
+    def last(self, length: int) -> RopeTables:
+        """The tables of the last `length` positions."""
+        return RopeTables(self.cos_SD[-length:], self.sin_SD[-length:])
 
 
-def rope_tables(config: ModelConfig, start: int, length: int, like: Tensor) -> RopeTables:
-    """Tables for positions start .. start + length - 1, on the device and in the dtype of `like`."""
+def rope_tables(
+    config: ModelConfig,
+    start: int,
+    length: int,
+    like: Tensor,
+    *,
+    local: bool = False,
+    total_length: int | None = None,
+) -> RopeTables:
+    """Tables for positions start .. start + length - 1, on the device and in the dtype of `like`.
+
+    `local` and `total_length` are those of `inverse_frequencies`. In two-stage latent attention positions
+    count from the start of a chunk.
+    """
     positions_S = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions_S, inverse_frequencies(config, like.device))
+    if config.attention == "latent":
+        positions_S = positions_S % config.latents.latent_chunk
+    frequencies = inverse_frequencies(config, like.device, local=local, total_length=total_length)
+    angles = torch.outer(positions_S, frequencies)
     angles_SD = torch.cat((angles, angles), dim=-1)
-    return RopeTables(angles_SD.cos().to(like.dtype), angles_SD.sin().to(like.dtype))
+    plain = local and config.rope.local_rope_base is not None
+    factor = 1.0 if plain else config.rope.turn_factor
+    return RopeTables((angles_SD.cos() * factor).to(like.dtype), (angles_SD.sin() * factor).to(like.dtype))
 
 
-def rotate(x_BHSD: Tensor, rope: RopeTables) -> Tensor:
-    """Turn every head of `x_BHSD` by its position's angles."""
+def rotate(x_BHSD: Tensor, rope: RopeTables, pairs: RopePairs = "halves") -> Tensor:
+    """Turn every head of `x_BHSD` by its position's angles, as far as the tables are wide.
+
+    Neighbours come out sorted into halves, queries and keys alike: their products are the same.
+    """
+    width = rope.cos_SD.shape[-1]
+    if width < x_BHSD.shape[-1]:
+        turned, rest = x_BHSD.split((width, x_BHSD.shape[-1] - width), dim=-1)
+        return torch.cat((rotate(turned, rope, pairs), rest), dim=-1)
+    if pairs == "neighbours":
+        x_BHSD = torch.cat((x_BHSD[..., 0::2], x_BHSD[..., 1::2]), dim=-1)
     first, second = x_BHSD.chunk(2, dim=-1)
     return x_BHSD * rope.cos_SD + torch.cat((-second, first), dim=-1) * rope.sin_SD

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import Attention, EagerCore, SdpaCore, set_attention_core
+from model.attention import Attention, set_attention_core
+from model.attention_core import EagerCore, SdpaCore
 from model.config import ModelConfig
 from model.lm import MoELanguageModel
 from model.rope import rope_tables
