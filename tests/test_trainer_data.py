@@ -258,7 +258,7 @@ def test_damaged_shards_say_what_to_delete(tmp_path: Path) -> None:
     assert path is not None
     victim = next(path.glob("train-*.bin"))
     victim.write_bytes(victim.read_bytes()[:10])
-    with pytest.raises(MoevizError, match="damaged .* delete that folder"):
+    with pytest.raises(MoevizError, match=r"damaged .* delete that folder"):
         load_shards(path)
 
 

@@ -1,7 +1,9 @@
 """Progress of long work on the terminal, on stderr; silent when nobody watches or when asked.
 
-with progress("tokenising", total=7_300_000, unit="B", quiet=False) as advance:
-    advance(4096)
+A finished bar stays: it says what was built, and where.
+
+    with progress("tokenising", total=7_300_000, quiet=False) as advance:
+        advance(4096)
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def progress(
         return
     amount: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=total)
         yield lambda amount: bar.advance(task, amount)
+        bar.update(task, completed=total)

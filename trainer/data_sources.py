@@ -1,7 +1,7 @@
 """Where documents come from: the embedded corpus, or the user's own text and JSON Lines files.
 
-    text_source("builtin" | "generated" | path, config...) -> Source
-    Source.key, Source.num_bytes, Source.documents() -> Iterator[Document]
+    CorpusSource(corpus), file_source(path), PairSource(training, validation) -> Source
+    Source.key, .num_bytes, .vetted, .documents() -> Iterator[Document]
 
 A text file is one document, or many when it carries `<|endoftext|>` marks, or sections cut at blank lines
 when it is long. The domain of a file is the folder it lies in (below the one that was named), or its own

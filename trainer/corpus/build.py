@@ -110,9 +110,8 @@ def build_corpus(
 
 def _build(folder: Path, config: CorpusConfig, quiet: bool) -> None:
     domains = [domain for domain in DOMAINS if domain.layer == "generated" or not config.generated_only]
-    with progress(
-        "building the corpus", total=len(domains) * config.bytes_per_domain, quiet=quiet
-    ) as advance:
+    where = f"building the corpus in {folder.parents[1]}"
+    with progress(where, total=len(domains) * config.bytes_per_domain, quiet=quiet) as advance:
         documents = []
         for document in without_copies(_all_texts(domains, config)):
             documents.append(document)
