@@ -6,28 +6,27 @@ a notice; the view lives on, and training never knows that it is watched.
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from textual import events
 from textual.app import App, SystemCommand
 from textual.screen import Screen
-from textual.theme import Theme as TextualTheme
 
 from moeviz.colors import Theme
 from moeviz.live import Snapshot
-from tui.archive import Library, Source
+from tui.archive import Archive, Library, Source
 from tui.drawings.status_line import Status
 from tui.errands import Errands
 from tui.ink import Ink
 from tui.keymap import KEYS, TABS, ScreenName
+from tui.notices import Notices
 from tui.playhead import Playhead
-from tui.scene import CHANGE_STEPS, SCALES, EntropyKind, LoadHistory, Reference, Scale, Scene
+from tui.scene import CHANGE_STEPS, SCALES, Eye, LoadHistory, Reference, Scene
 from tui.screens.alerts import AlertsScreen
 from tui.screens.base import RunScreen, app_bindings
 from tui.screens.flow import FlowScreen
@@ -36,28 +35,19 @@ from tui.screens.overlays import FindScreen, HelpScreen
 from tui.screens.overview import OverviewScreen
 from tui.screens.runs import RunsScreen
 from tui.screens.tokens import TokensScreen
+from tui.themes import textual_theme
 
 LINGER_SECONDS = 8.0
 """How long the view stays after the run ended, with `exit_when_ended`."""
 MAX_FPS = 10.0
-_log = logging.getLogger("moeviz.tui")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eye:
-    """Where a person looks; kept over screens and steps."""
-
-    layer: int = 0
-    expert: int = 0
-    scale: Scale = "step"
-    entropy: EntropyKind = "load"
-    by_id: bool = False
-    acknowledged: frozenset[str] = frozenset()
-    muted: frozenset[str] = frozenset()
+FIRST_LOOK_SECONDS = 0.05
+"""Between two looks at the feed until it has its first snapshot."""
+SILENT_SECONDS = 30.0
+"""A feed that hands out the same snapshot for this long is late, whatever the snapshot says."""
 
 
 class MoevizApp(App[None]):
-    """The application. Everything it reads is injected: the source, the library of runs, the clock."""
+    """The application. Everything it reads is injected: the library that opens runs, and the clock."""
 
     CSS_PATH = "app.tcss"
     TITLE = "moeviz"
@@ -74,7 +64,6 @@ class MoevizApp(App[None]):
 
     def __init__(
         self,
-        source: Source,
         library: Library,
         *,
         run_path: str,
@@ -83,11 +72,10 @@ class MoevizApp(App[None]):
         exit_when_ended: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Show the run of `source`.
+        """Show a run; it is opened in a thread, so the screen is there at once.
 
         Args:
-            source: the run's feed (started here, stopped at exit) and its archive.
-            library: where other runs are found and opened.
+            library: where runs are found and opened.
             run_path: path of the run, as the library names it.
             ink: theme and glyphs; by default dark, and by marks when NO_COLOR is set.
             fps: refreshes a second, at most 10.
@@ -95,11 +83,13 @@ class MoevizApp(App[None]):
             clock: seconds, monotonic.
         """
         super().__init__()
-        self.source, self.library, self.run_path = source, library, run_path
+        self.library, self.run_path = library, run_path
+        self._source: Source | None = None
         self.ink = ink or Ink(color=not self.no_color)
         self.eye = Eye()
         self.playhead = Playhead()
         self.errands = Errands(self, self._complain)
+        self._notices = Notices(self, self._complain)
         self._interval = 1 / min(max(fps, 0.1), MAX_FPS)
         self._exit_when_ended = exit_when_ended
         self._clock = clock
@@ -107,18 +97,18 @@ class MoevizApp(App[None]):
         self._seen_at = clock()
         self._trouble = ""
         for theme in ("dark", "light"):
-            self.register_theme(_textual_theme(theme))
+            self.register_theme(textual_theme(theme))
         self.theme = f"moeviz-{self.ink.theme}"
 
     def on_mount(self) -> None:
+        self._notices.attach()
         self.set_class(self.ink.ascii, "-ascii")
-        self.source.feed.start()
         self.set_interval(self._interval, self.tick)
-        self.call_after_refresh(self.tick)
+        self.call_after_refresh(self._open, Path(self.run_path))
 
     def on_unmount(self) -> None:
-        self.source.feed.stop()
-        self.source.archive.close()
+        self._close_source()
+        self._notices.detach()
 
     async def on_event(self, event: events.Event) -> None:
         if isinstance(event, events.Key):
@@ -129,10 +119,12 @@ class MoevizApp(App[None]):
 
     def tick(self) -> None:
         """Take the newest snapshot, advance a replay, refresh what is on the screen."""
+        if self._source is None:
+            self.refresh_view()
+            return
         try:
-            latest, self._trouble = self.source.feed.latest, ""
+            latest, self._trouble = self._source.feed.latest, ""
         except Exception as error:  # shown in the top line; the next tick asks again
-            _log.warning("the feed failed", exc_info=True)
             latest, self._trouble = None, str(error) or type(error).__name__
         if latest is not None and latest is not self.playhead.latest:
             first = self.playhead.latest is None or self.playhead.latest.run_path != latest.run_path
@@ -140,6 +132,8 @@ class MoevizApp(App[None]):
             self.playhead.offer(latest)
             if first:
                 self._meet(latest)
+        if self.playhead.latest is None:
+            self.set_timer(FIRST_LOOK_SECONDS, self.tick)
         self.playhead.tick()
         self.refresh_view()
         self._leave_if_ended()
@@ -181,40 +175,29 @@ class MoevizApp(App[None]):
             screen.place_panes()
 
     def _scene(self, frame: Snapshot) -> Scene:
-        eye = self._inside(frame)
-        reference = None
-        if eye.scale == "change":
+        self.eye = self.eye.inside(frame.info)
+        if self.playhead.held_step is not None or self.eye.scale == "change":
             self.want_history()
-            known = self.playhead.loads_at(max(frame.step - CHANGE_STEPS, int(frame.history_steps_T[0])))
-            reference = Reference(*known) if known else None
-        held = self.playhead.held_step is not None
-        if held:
-            self.want_history()
-        wants_history = self.current_mode == "layer"
         return Scene(
             snapshot=frame,
-            layer=eye.layer,
-            expert=eye.expert,
-            scale=eye.scale,
-            entropy=eye.entropy,
-            by_id=eye.by_id,
-            reference=reference,
-            history=self.playhead.history() if wants_history else None,
-            acknowledged=eye.acknowledged,
-            muted=eye.muted,
-            marker=self.playhead.missing() is None if held else None,
+            eye=self.eye,
+            reference=self._reference(frame) if self.eye.scale == "change" else None,
+            history=self.playhead.history(self.eye.layer) if self.current_mode == "layer" else None,
+            version=self.playhead.version,
         )
 
-    def _inside(self, frame: Snapshot) -> Eye:
-        """The eye, on a layer and an expert that this run has."""
-        layer = min(self.eye.layer, max(frame.info.num_layers - 1, 0))
-        most = frame.info.layers[layer].num_experts if frame.info.layers else 1
-        self.eye = replace(self.eye, layer=layer, expert=min(self.eye.expert, most - 1))
-        return self.eye
+    def _reference(self, frame: Snapshot) -> Reference | None:
+        """The step to compare with, or the oldest known one of a run that is younger."""
+        if not len(frame.history_steps_T):
+            return None
+        known = self.playhead.loads_at(max(frame.step - CHANGE_STEPS, int(frame.history_steps_T[0])))
+        return Reference(*known) if known else None
 
     def _status(self) -> Status:
         latest = self.playhead.latest
         since = self._clock() - self._seen_at
+        if latest is not None and latest.state == "live" and since > SILENT_SECONDS:
+            latest = replace(latest, state="stale")
         leaving = None
         if self._exit_when_ended and self._ended_at is not None:
             leaving = max(LINGER_SECONDS - (self._clock() - self._ended_at), 0.0)
@@ -239,10 +222,10 @@ class MoevizApp(App[None]):
     def move_cell(self, layers: int, experts: int) -> None:
         """Move the cursor, stopping at the edges."""
         latest = self.playhead.latest
-        if latest is not None and latest.info.layers:
-            layer = min(max(self.eye.layer + layers, 0), latest.info.num_layers - 1)
-            most = latest.info.layers[layer].num_experts - 1
-            self.look(layer=layer, expert=min(max(self.eye.expert + experts, 0), most))
+        if latest is not None:
+            moved = replace(self.eye, layer=self.eye.layer + layers, expert=self.eye.expert + experts)
+            self.eye = moved.inside(latest.info)
+            self.refresh_view()
 
     def go_to(self, layer: int, expert: int) -> None:
         self.look(layer=layer, expert=expert)
@@ -259,29 +242,62 @@ class MoevizApp(App[None]):
         """Read the loads of history steps that were never on the screen, if there are any."""
         gap = self.playhead.missing()
         if gap is not None:
-            archive = self.source.archive
+            archive = self.archive
             self.errands.ask("history", lambda: archive.loads(*gap), self._take_history)
 
     def _take_history(self, history: LoadHistory) -> None:
         self.playhead.fill(history)
         self.refresh_view()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the run was opened, or could not be."""
+        return self._source is not None or bool(self._trouble)
+
+    @property
+    def archive(self) -> Archive:
+        """The past and the tokens of the run that is open."""
+        assert self._source is not None
+        return self._source.archive
+
     def open_run(self, path: Path) -> None:
         """Leave this run and watch another."""
-        if str(path) != self.run_path:
-            self.errands.ask(
-                "open", lambda: self.library.open(path), lambda source: self._switch(source, str(path))
-            )
-        else:
+        if str(path) == self.run_path:
             self.action_show_screen("overview")
+        else:
+            self._open(path)
 
-    def _switch(self, source: Source, path: str) -> None:
-        self.source.feed.stop()
-        self.source.archive.close()
-        self.source, self.run_path = source, path
+    def _open(self, path: Path) -> None:
+        self.errands.ask(
+            "open",
+            lambda: self.library.open(path),
+            lambda source: self._switch(source, path),
+            self._not_opened,
+        )
+
+    def _not_opened(self, words: str) -> None:
+        if self._source is None:
+            self._trouble = words
+            self.refresh_view()
+        else:
+            self._complain(words)
+
+    def _switch(self, source: Source, path: Path) -> None:
+        """From now on, the other run: nothing of the one before stays, not even answers that are under way."""
+        first = self._source is None
+        self._close_source()
+        self.errands.forget()
+        self._source, self.run_path, self._trouble = source, str(path), ""
         self.playhead, self.eye, self._ended_at = Playhead(), Eye(), None
         source.feed.start()
-        self.action_show_screen("overview")
+        if not first:
+            self.action_show_screen("overview")
+        self.tick()
+
+    def _close_source(self) -> None:
+        if self._source is not None:
+            self._source.feed.stop()
+            self._source.archive.close()
 
     def _complain(self, words: str) -> None:
         self.notify(words, severity="warning", timeout=8)
@@ -373,27 +389,4 @@ def _waiting_words(frame: Snapshot) -> str:
     return (
         f"Waiting for the first step.\n{model} are being watched; their loads appear here as soon as training has "
         "finished one optimizer step and the recorder has flushed it (about a second)."
-    )
-
-
-def _textual_theme(theme: Theme) -> TextualTheme:
-    ink = Ink(theme=theme)
-    return TextualTheme(
-        name=f"moeviz-{theme}",
-        dark=theme == "dark",
-        primary=ink.color_of("accent"),
-        accent=ink.color_of("accent"),
-        warning=ink.color_of("warning"),
-        error=ink.color_of("critical"),
-        success=ink.color_of("good"),
-        foreground=ink.color_of("text"),
-        background=ink.background,
-        surface=ink.background,
-        panel=ink.color_of("bar"),
-        variables={
-            "moeviz-line": ink.color_of("line"),
-            "moeviz-muted": ink.color_of("muted"),
-            "moeviz-faint": ink.color_of("faint"),
-            "moeviz-strong": ink.color_of("strong"),
-        },
     )

@@ -83,12 +83,14 @@ def fit(
     pool = -(-max(num_columns, 1) // width)
     num_cells = -(-num_columns // pool)
     cell_width = min(max(width // max(num_cells, 1), 1), MAX_CELL_WIDTH)
-    half = not marks and (num_rows > height or (cell_width == 1 and num_rows > 8 and 2 * num_rows > height))
+    half = not marks and num_rows > height
     capacity = height * 2 if half else height
     shown = min(num_rows, capacity)
     first = min(max(cursor - shown // 2, 0), num_rows - shown)
     if half:
         first -= first % 2
+        if cursor >= first + capacity:
+            first += 2
         shown = min(num_rows - first, capacity)
     tall = min(max(height // max(shown, 1), 1), MAX_CELL_HEIGHT, max(cell_width // 2, 1))
     return Grid("half" if half else "full", shown, first, num_cells, pool, cell_width, 1 if half else tall)
@@ -118,20 +120,11 @@ def half_lines(levels_RC: np.ndarray, ramp: Ramp, cell_width: int = 1) -> list[R
     levels_RC = levels_RC.astype(np.int64)
     if len(levels_RC) % 2:
         levels_RC = np.vstack([levels_RC, np.full((1, levels_RC.shape[1]), ramp.blank)])
-    return [
-        [
-            _half_segment(int(top[start]), int(bottom[start]), (stop - start) * cell_width, ramp)
-            for start, stop in _runs(top * 4096 + bottom)
-        ]
-        for top, bottom in zip(levels_RC[0::2], levels_RC[1::2], strict=True)
-    ]
-
-
-def _half_segment(top: int, bottom: int, cells: int, ramp: Ramp) -> Segment:
-    if ramp.dead not in (top, bottom):
-        return Segment("▀" * cells, ramp.pair(top, bottom))
-    mark = "×" if top == bottom else "ˣ" if top == ramp.dead else "ₓ"
-    return Segment(mark * cells, ramp.cell(bottom if top == ramp.dead else top))
+    rows = []
+    for top, bottom in zip(levels_RC[0::2], levels_RC[1::2], strict=True):
+        runs, above, below = _runs(top * 4096 + bottom), top.tolist(), bottom.tolist()
+        rows.append([ramp.halves(above[at], below[at], (to - at) * cell_width) for at, to in runs])
+    return rows
 
 
 def full_lines(
@@ -148,18 +141,20 @@ def full_lines(
     """
     rows: list[Row] = []
     for index, levels in enumerate(levels_RC.astype(np.int64)):
+        at_middle = [line == (grid.cell_height - 1) // 2 for line in range(grid.cell_height)]
         if texts is None or grid.cell_width < TEXT_WIDTH:
             rows += [
                 [
-                    _full_segment(int(levels[at]), (to - at) * grid.cell_width, ramp)
-                    for at, to in _runs(levels)
+                    _full_segment(int(levels[start]), stop - start, grid.cell_width, ramp, here)
+                    for start, stop in _runs(levels)
                 ]
-            ] * (grid.cell_height)
+                for here in at_middle
+            ]
             continue
         chosen = cursor[1] if cursor is not None and cursor[0] == index else -1
         middle = _tiles(levels.tolist(), texts[index], chosen, ramp, ink, grid.cell_width)
         plain = _tiles(levels.tolist(), [""] * len(levels), chosen, ramp, ink, grid.cell_width)
-        rows += [middle if line == (grid.cell_height - 1) // 2 else plain for line in range(grid.cell_height)]
+        rows += [middle if here else plain for here in at_middle]
     return rows
 
 
@@ -175,8 +170,9 @@ def _tiles(levels: list[int], texts: list[str], chosen: int, ramp: Ramp, ink: In
     return row
 
 
-def _full_segment(level: int, cells: int, ramp: Ramp) -> Segment:
-    return Segment(("×" if level == ramp.dead else " ") * cells, ramp.cell(level))
+def _full_segment(level: int, cells: int, cell_width: int, ramp: Ramp, at_middle: bool) -> Segment:
+    mark = "×" if level == ramp.dead and at_middle else ""
+    return Segment(mark.center(cell_width) * cells, ramp.cell(level))
 
 
 def mark_lines(

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from rich.color import Color
+from rich.segment import Segment
 from rich.style import Style
 
 from moeviz.colors import (
@@ -26,7 +27,7 @@ from moeviz.colors import (
     rgb_to_hex,
 )
 
-LEVELS = 41
+LEVELS = 33
 """Entries of a ramp on the terminal: few enough that neighbours merge into one segment, too many to tell apart."""
 SPARKS = " ▁▂▃▄▅▆▇█"
 TICKS = "▏▎▍▌▋▊▉█"
@@ -126,16 +127,20 @@ class Ramp:
         self.top = size - 1
         self.cursor, self.blank, self.dead = size, size + 1, size + 2
         self.colors = (*(rgb_to_hex(row) for row in table_N3), cursor, page, page)
-        self._pairs: dict[tuple[int, int], Style] = {}
+        self._halves: dict[tuple[int, int, int], Segment] = {}
         self._cells: dict[int, Style] = {}
 
-    def pair(self, top: int, bottom: int) -> Style:
-        """Style of an upper half block: `top` is drawn, `bottom` is behind it."""
-        style = self._pairs.get((top, bottom))
-        if style is None:
-            style = Style(color=self.colors[top], bgcolor=self.colors[bottom])
-            self._pairs[top, bottom] = style
-        return style
+    def halves(self, top: int, bottom: int, cells: int) -> Segment:
+        """`cells` half blocks: `top` is drawn, `bottom` is behind it. A dead half is a small cross over the other."""
+        segment = self._halves.get((top, bottom, cells))
+        if segment is None:
+            if self.dead in (top, bottom):
+                mark = "×" if top == bottom else "ˣ" if top == self.dead else "ₓ"
+                segment = Segment(mark * cells, self.cell(bottom if top == self.dead else top))
+            else:
+                segment = Segment("▀" * cells, Style(color=self.colors[top], bgcolor=self.colors[bottom]))
+            self._halves[top, bottom, cells] = segment
+        return segment
 
     def cell(self, level: int) -> Style:
         """Style of a filled cell, its text in whichever of black and white reads better."""

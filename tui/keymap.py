@@ -54,6 +54,15 @@ _LIST = (
     ("pagedown", "select(10)"),
 )
 
+PANE = Key(
+    "tab",
+    "Pane",
+    "The next pane; on a narrow terminal one is shown at a time.",
+    (("tab", "pane(1)"), ("shift+tab", "pane(-1)")),
+)
+HELP = Key("?", "Help", "All keys.", (("question_mark", "app.help"),), None, True)
+QUIT = Key("q", "Quit", "Leave; training is not affected.", (("q", "app.quit"),), None, True)
+
 KEYS = (
     Key("←↑↓→", "Cell", "Move the cursor over layers and experts (also h j k l).",
         _arrows("cell(0, -1)", "cell(0, 1)", "cell(-1, 0)", "cell(1, 0)"), "overview", True),
@@ -96,8 +105,7 @@ KEYS = (
     Key("enter", "Open", "Open the selected run.", (("enter", "enter"),), "runs", True),
     Key("1-6", "Screens", "Overview, layer, flow, tokens, alerts, runs.",
         tuple((tab.key, f"app.show_screen('{tab.name}')") for tab in TABS)),
-    Key("tab", "Pane", "The next pane; on a narrow terminal one is shown at a time.",
-        (("tab", "pane(1)"), ("shift+tab", "pane(-1)"))),
+    PANE,
     Key("space", "Pause", "Hold the picture; the top line keeps moving. Again: back to the newest step.",
         (("space", "app.pause"),), None, True),
     Key(", .", "Step", "One step back or forward in time.",
@@ -113,8 +121,8 @@ KEYS = (
         (("e", "app.export"),)),
     Key("ctrl+p", "Commands", "All of these by name.", (("ctrl+p", "app.command_palette"),)),
     Key("esc", "Back", "Close what is open on top, or go back to the overview.", (("escape", "app.go_back"),)),
-    Key("?", "Help", "All keys.", (("question_mark", "app.help"),), None, True),
-    Key("q", "Quit", "Leave; training is not affected.", (("q", "app.quit"),), None, True),
+    HELP,
+    QUIT,
 )  # fmt: skip
 
 
@@ -123,10 +131,18 @@ def keys_of(screen: ScreenName | None) -> tuple[Key, ...]:
     return tuple(key for key in KEYS if key.screen == screen)
 
 
-def footer_keys(screen: ScreenName) -> tuple[Key, ...]:
-    """What the footer shows on a screen: its own keys first, at most `MAX_FOOTER`."""
-    own = tuple(key for key in keys_of(screen) if key.footer)
-    return (own + tuple(key for key in keys_of(None) if key.footer))[:MAX_FOOTER]
+def footer_keys(screen: ScreenName, *, narrow: bool = False) -> tuple[Key, ...]:
+    """What the footer shows on a screen, at most `MAX_FOOTER` keys: its own, then those of all screens.
+
+    On a `narrow` terminal the key that shows the next pane is among them. Where there are too many, the last of
+    those that can be missed goes first; help and quit always stay.
+    """
+    own = [key for key in keys_of(screen) if key.footer]
+    shared = [key for key in keys_of(None) if key.footer or (narrow and key is PANE)]
+    can_miss = [key for key in shared if key not in (PANE, HELP, QUIT)]
+    while len(own) + len(shared) > MAX_FOOTER:
+        shared.remove(can_miss.pop())
+    return (*own, *shared)
 
 
 def help_sections() -> tuple[tuple[str, tuple[Key, ...]], ...]:

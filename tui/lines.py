@@ -67,6 +67,12 @@ class Line:
 
     def extend(self, segments: Iterable[Segment]) -> Line:
         """Append finished segments, cut to the room that is left."""
+        segments = list(segments)
+        needed = sum(cell_len(segment.text) for segment in segments)
+        if needed <= self.room:
+            self._segments += segments
+            self.used += needed
+            return self
         for text, style, _ in segments:
             cells = min(cell_len(text), self.room)
             if cells > 0:

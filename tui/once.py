@@ -17,7 +17,7 @@ from tui.drawings.now_panel import draw_now_panel
 from tui.drawings.status_line import Status, draw_status
 from tui.ink import Ink
 from tui.lines import Line, Panel, Row, paragraph
-from tui.scene import Scene, dead_LE
+from tui.scene import Eye, Scene, dead_LE, highest_load
 
 MAX_WIDTH = 160
 
@@ -45,10 +45,11 @@ def _scene(snapshot: Snapshot) -> Scene:
     """With the cursor where the first alert is, or on the busiest expert."""
     first = next((alert for alert in snapshot.open_alerts if alert.layer is not None), None)
     if first is not None and first.layer is not None:
-        return Scene(snapshot=snapshot, layer=first.layer, expert=first.experts[0] if first.experts else 0)
-    loads = np.nan_to_num(snapshot.load_rel_LE, nan=-1.0)
-    layer, expert = np.unravel_index(loads.argmax(), loads.shape) if loads.size else (0, 0)
-    return Scene(snapshot=snapshot, layer=int(layer), expert=int(expert))
+        eye = Eye(layer=first.layer, expert=first.experts[0] if first.experts else 0)
+    else:
+        highest = highest_load(snapshot)
+        eye = Eye(layer=highest.layer, expert=highest.expert) if highest else Eye()
+    return Scene(snapshot=snapshot, eye=eye.inside(snapshot.info))
 
 
 def _titled(panel: Panel, ink: Ink, width: int) -> list[Row]:

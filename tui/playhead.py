@@ -11,7 +11,7 @@ import numpy as np
 
 from moeviz.live import Series, Snapshot
 from moeviz.records import AlertRecord
-from tui.scene import LoadHistory
+from tui.scene import LayerHistory, LoadHistory
 
 REPLAY_SPEEDS = (0, 1, 4, 16)
 _MEAN_STEPS = 20
@@ -26,6 +26,12 @@ class Playhead:
         self._base: Snapshot | None = None
         self._step: int | None = None
         self._loads: dict[int, np.ndarray] = {}
+        self._content = 0
+
+    @property
+    def version(self) -> tuple[int, int | None, bool]:
+        """Moves when `frame` looks different."""
+        return (self._content, self._step, self._step is not None and self._step in self._loads)
 
     @property
     def held_step(self) -> int | None:
@@ -36,6 +42,8 @@ class Playhead:
         """Take the newest snapshot of the feed."""
         if self.latest is not None and snapshot.run_path != self.latest.run_path:
             self._base, self._step, self._loads, self.replay_speed = None, None, {}, 0
+        if self._step is None and not _looks_like(snapshot, self.latest):
+            self._content += 1
         self.latest = snapshot
         if snapshot.step >= 0:
             self._loads[snapshot.step] = snapshot.load_rel_LE
@@ -69,6 +77,7 @@ class Playhead:
         assert self._step is not None
         if ticks > 0 and self._step >= self._base.step:
             self._base = self.latest
+            self._content += 1
         steps = self._base.history_steps_T
         at = int(np.searchsorted(steps, self._step)) + ticks
         if at >= len(steps):
@@ -83,6 +92,7 @@ class Playhead:
 
     def newest(self) -> None:
         """Follow the run again."""
+        self._content += 1
         self._base, self._step, self.replay_speed = None, None, 0
 
     def replay(self) -> None:
@@ -111,15 +121,15 @@ class Playhead:
         unknown = [step for step in shot.history_steps_T.tolist() if step not in self._loads]
         return (unknown[0], unknown[-1]) if unknown else None
 
-    def history(self) -> LoadHistory | None:
-        """Known loads up to the moment on the screen, oldest first; None when there is only that one."""
+    def history(self, layer: int) -> LayerHistory | None:
+        """Known loads of a layer up to the moment on the screen, oldest first; None when there is only that one."""
         frame = self.frame()
-        if frame is None:
+        if frame is None or layer >= frame.info.num_layers:
             return None
         steps = [step for step in frame.history_steps_T.tolist() if step in self._loads]
         if len(steps) < 2:
             return None
-        return LoadHistory(np.array(steps), np.stack([self._loads[step] for step in steps]))
+        return LayerHistory(np.array(steps), np.stack([self._loads[step][layer] for step in steps]))
 
     def loads_at(self, step: int) -> tuple[int, np.ndarray] | None:
         """The known loads nearest to `step`, within a tenth of the way to the moment on the screen."""
@@ -134,6 +144,19 @@ class Playhead:
     def _hold(self, step: int) -> None:
         self._base = self.latest
         self._step = step if step >= 0 else None
+        self._content += 1
+
+
+def _looks_like(new: Snapshot, old: Snapshot | None) -> bool:
+    """Whether only the age differs: a feed hands on the arrays that did not change."""
+    return old is not None and (
+        new.step == old.step
+        and new.load_rel_LE is old.load_rel_LE
+        and new.scalars is old.scalars
+        and new.alerts == old.alerts
+        and new.notes == old.notes
+        and new.dropped_samples == old.dropped_samples
+    )
 
 
 def rewind(shot: Snapshot, step: int, loads: dict[int, np.ndarray]) -> Snapshot:

@@ -41,6 +41,11 @@ def unit(value: float) -> str:
     return "1.0" if value >= 0.9995 else f".{min(round(max(value, 0.0) * 100), 99):02d}"
 
 
+def fixed(value: float, digits: int = 2) -> str:
+    """A fixed number of digits: `0.97`."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else MISSING
+
+
 def number(value: float) -> str:
     """Any scalar to four significant digits: `3.117`, `0.0123`, `3.0e-04`."""
     if not math.isfinite(value):

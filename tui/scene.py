@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from moeviz.live import Snapshot
 from moeviz.metrics.noise import even_load_sd
+from moeviz.records import ModelInfo
 
 Scale = Literal["step", "mean", "share", "change"]
 SCALES: tuple[Scale, ...] = ("step", "mean", "share", "change")
@@ -33,6 +34,13 @@ class Reference(NamedTuple):
     load_rel_LE: np.ndarray
 
 
+class LayerHistory(NamedTuple):
+    """Relative loads of one layer over steps, oldest first: steps [T], load_rel_TE."""
+
+    steps: np.ndarray
+    load_rel_TE: np.ndarray
+
+
 class LoadHistory(NamedTuple):
     """Relative loads over steps, oldest first: steps [T], load_rel_TLE."""
 
@@ -40,33 +48,59 @@ class LoadHistory(NamedTuple):
     load_rel_TLE: np.ndarray
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Scene:
-    """A snapshot, of the newest step or of an older one, and the state of the view on it."""
+@dataclass(frozen=True, kw_only=True)
+class Eye:
+    """Where a person looks; kept over screens and steps."""
 
-    snapshot: Snapshot
     layer: int = 0
     expert: int = 0
     scale: Scale = "step"
     entropy: EntropyKind = "load"
     by_id: bool = False
     """Bars of the Layer screen in the order of the experts instead of by load."""
-    reference: Reference | None = None
-    history: LoadHistory | None = None
     acknowledged: frozenset[str] = frozenset()
+    """Alert episodes that were seen."""
     muted: frozenset[str] = frozenset()
-    marker: Hashable = field(default=None)
-    """Anything else that a drawing depends on: two scenes with equal `key` look the same."""
+    """Alert episodes that are left out of the overview and of the counts."""
+
+    def inside(self, info: ModelInfo) -> Eye:
+        """The same, on a layer and an expert that the model has."""
+        layer = min(max(self.layer, 0), max(info.num_layers - 1, 0))
+        most = info.layers[layer].num_experts if info.layers else 1
+        return replace(self, layer=layer, expert=min(max(self.expert, 0), most - 1))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scene:
+    """A snapshot, of the newest step or of an older one, and the eye on it."""
+
+    snapshot: Snapshot
+    eye: Eye = Eye()
+    reference: Reference | None = None
+    """What the scale `change` compares with."""
+    history: LayerHistory | None = None
+    """Of the layer under the cursor, for the screen that shows one."""
+    version: Hashable = 0
+    """Moves when the snapshot looks different: its age alone does not count."""
 
     @property
     def key(self) -> Hashable:
+        """Two scenes with equal keys look the same."""
         reference = None if self.reference is None else self.reference.step
-        history = (
-            None if self.history is None else (len(self.history.steps), *self.history.steps[-1:].tolist())
-        )
-        shot = (self.snapshot.run_path, self.snapshot.revision, self.snapshot.step)
-        eye = (self.layer, self.expert, self.scale, self.entropy, self.by_id)
-        return (*shot, *eye, reference, history, self.acknowledged, self.muted, self.marker)
+        history = None if self.history is None else (len(self.history.steps), int(self.history.steps[-1]))
+        return (self.snapshot.run_path, self.version, self.eye, reference, history)
+
+    @property
+    def layer(self) -> int:
+        return self.eye.layer
+
+    @property
+    def expert(self) -> int:
+        return self.eye.expert
+
+    @property
+    def scale(self) -> Scale:
+        return self.eye.scale
 
     @property
     def num_layers(self) -> int:
@@ -150,4 +184,4 @@ def entropy_style(value: float, healthy: str = "muted") -> str:
 def entropy_TL(scene: Scene) -> np.ndarray:
     """The entropy history that the view has chosen, normalised to 0..1."""
     snapshot = scene.snapshot
-    return snapshot.load_entropy_TL if scene.entropy == "load" else snapshot.route_entropy_TL
+    return snapshot.load_entropy_TL if scene.eye.entropy == "load" else snapshot.route_entropy_TL

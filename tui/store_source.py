@@ -98,19 +98,11 @@ class StoreArchive:
         self._store.close()
 
 
-class FolderLibrary:
-    """Implements `tui.archive.Library` over a folder of runs."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def runs(self) -> list[RunRow]:
-        shapes = {str(path): shape_words(info.model) for path, info in find_runs(self._folder)}
-        now = time.time()
-        return [_run_row(row, shapes, now) for row in queries.list_runs(self._folder).to_dict("records")]
-
-    def open(self, path: Path) -> Source:
-        return open_source(path)
+def list_rows(folder: Path) -> list[RunRow]:
+    """The runs directly in `folder`, newest first."""
+    shapes = {str(path): shape_words(info.model) for path, info in find_runs(folder)}
+    now = time.time()
+    return [_run_row(row, shapes, now) for row in queries.list_runs(folder).to_dict("records")]
 
 
 def _run_row(row: dict[str, Any], shapes: dict[str, str], now: float) -> RunRow:

@@ -54,14 +54,21 @@ def main(argv: list[str]) -> int:
     import tyro
 
     arguments = tyro.cli(TuiArguments, args=argv, prog="moeviz tui", config=(tyro.conf.FlagCreatePairsOff,))
-    from moeviz.store.catalog import resolve_run
-
-    path = resolve_run(arguments.run, arguments.runs)
-    path = path if path.name else path.resolve()
+    path = _find(arguments.run, arguments.runs)
     if arguments.json or arguments.plain or arguments.once or not can_draw():
         return _print_once(path, arguments)
     require("textual", "tui", "the terminal view")
     return _watch(path, arguments)
+
+
+def _find(run: str | None, folder: Path) -> Path:
+    """The run folder. A path that is one is taken as it is: the store's imports would delay the first screen."""
+    path = Path(run).expanduser() if run is not None else None
+    if path is None or not (path / "run.json").exists():
+        from moeviz.store.catalog import resolve_run
+
+        path = resolve_run(run, folder)
+    return path if path.name else path.resolve()
 
 
 def can_draw() -> bool:
@@ -73,10 +80,9 @@ def can_draw() -> bool:
 def _watch(path: Path, arguments: TuiArguments) -> int:
     from tui.app import MoevizApp
     from tui.ink import Ink
-    from tui.store_source import FolderLibrary, open_source
+    from tui.library import FolderLibrary
 
     app = MoevizApp(
-        open_source(path),
         FolderLibrary(path.parent),
         run_path=str(path),
         ink=Ink(theme=arguments.theme, ascii=arguments.ascii, color="NO_COLOR" not in os.environ),

@@ -43,7 +43,7 @@ def span_words(alert: AlertRecord) -> str:
 
 def draw_alert_list(scene: Scene, ink: Ink, width: int, height: int) -> Panel:
     """The open alerts, worst first, each with its message as far as there is room."""
-    shown = [alert for alert in scene.snapshot.open_alerts if alert.episode not in scene.muted]
+    shown = [alert for alert in scene.snapshot.open_alerts if alert.episode not in scene.eye.muted]
     rows: list[Row] = []
     if not shown:
         rows.append(Line(ink, width).put("✓ ", "good").put("nothing to report", "muted").row())
@@ -61,7 +61,7 @@ def draw_alert_list(scene: Scene, ink: Ink, width: int, height: int) -> Panel:
 
 def headline(alert: AlertRecord, scene: Scene, ink: Ink, width: int) -> Row:
     """Severity, rule and place of an alert in one row."""
-    seen = alert.episode in scene.acknowledged
+    seen = alert.episode in scene.eye.acknowledged
     color = "muted" if seen else alert.severity
     line = Line(ink, width).put(f"{SEVERITY_MARKS[alert.severity]} ", color)
     line.put(SEVERITY_WORDS[alert.severity], color, bold=True).put(
@@ -79,18 +79,10 @@ def draw_alert_table(
     scene: Scene, ink: Ink, width: int, height: int, alerts: Sequence[AlertRecord], selected: int
 ) -> Panel:
     """One alert a line, the selected one highlighted."""
-    columns = (
-        ("", 2),
-        ("severity", 9),
-        ("rule", 20),
-        ("where", 15),
-        ("steps", 18),
-        ("value", 8),
-        ("limit", 8),
-    )
+    columns = _COLUMNS if width >= sum(cells for _, cells in _COLUMNS) else _COLUMNS[:-2]
     head = Line(ink, width)
     for name, cells in columns:
-        head.put(name, "faint", cells, align="right" if name in ("value", "limit") else "left")
+        head.put(name, "faint", cells, align="right" if name in _RIGHT else "left")
     rows = [head.row()]
     room = max(height - 1, 1)
     first = min(max(selected - room // 2, 0), max(len(alerts) - room, 0))
@@ -111,11 +103,19 @@ def _table_row(
     alert: AlertRecord, scene: Scene, ink: Ink, width: int, cells: list[int], selected: bool
 ) -> Row:
     quiet = (
-        alert.cleared_step is not None or alert.episode in scene.muted or alert.episode in scene.acknowledged
+        alert.cleared_step is not None
+        or alert.episode in scene.eye.muted
+        or alert.episode in scene.eye.acknowledged
     )
     color, text = ("muted", "muted") if quiet else (alert.severity, "text")
     on = "band" if selected else None
-    state = "muted" if alert.episode in scene.muted else "seen" if alert.episode in scene.acknowledged else ""
+    state = (
+        "muted"
+        if alert.episode in scene.eye.muted
+        else "seen"
+        if alert.episode in scene.eye.acknowledged
+        else ""
+    )
     word = state or ("cleared" if alert.cleared_step is not None else SEVERITY_WORDS[alert.severity])
     values = (
         SEVERITY_MARKS[alert.severity],

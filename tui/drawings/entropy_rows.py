@@ -36,7 +36,7 @@ def draw_entropy_rows(scene: Scene, ink: Ink, width: int, height: int) -> Panel:
     Where not all layers have a line, neighbours share one and the worst of them is shown.
     """
     history_TL = entropy_TL(scene)
-    title = _TITLES[scene.entropy]
+    title = _TITLES[scene.eye.entropy]
     if not len(history_TL) or np.isnan(history_TL).all():
         words = "not recorded" if scene.snapshot.step >= 0 else "no step yet"
         return Panel(title, filled([Line(ink, width).put(words, "muted").row()], ink, width, height))
@@ -109,7 +109,7 @@ def _labelled(
     )
     built.extend(row).put(" ")
     return built.put(
-        quantities.unit(value), entropy_style(value) if scene.entropy == "load" else "muted"
+        quantities.unit(value), entropy_style(value) if scene.eye.entropy == "load" else "muted"
     ).row()
 
 

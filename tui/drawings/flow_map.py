@@ -9,7 +9,7 @@ import numpy as np
 from moeviz.colors import load_level
 from tui import quantities
 from tui.archive import Flow
-from tui.heat import Grid, fit, full_lines, half_lines, mark_lines, pool_extreme, ruler
+from tui.heat import TEXT_WIDTH, Grid, fit, full_lines, half_lines, mark_lines, pool_extreme, ruler
 from tui.ink import LEVELS, Ink
 from tui.lines import Line, Panel, Row, filled, message_rows
 
@@ -51,7 +51,8 @@ def draw_flow_map(scene: FlowScene, ink: Ink, width: int, height: int) -> Panel:
         upper = grid.row_at(line)
         on_label_line = upper is not None and grid.line_of(upper) == line
         here = on_label_line and grid.line_of(scene.source) == line
-        label = str(scene.source if here else upper) if on_label_line and (here or line % 2 == 0) else ""
+        spaced = grid.style == "full" or line % 2 == 0
+        label = str(scene.source if here else upper) if here or (on_label_line and spaced) else ""
         built = Line(ink, width).put(
             f"{label} ", "strong" if here else "faint", margin, align="right", bold=here
         )
@@ -80,6 +81,11 @@ def _body(scene: FlowScene, flow: Flow, grid: Grid, ink: Ink) -> list[Row]:
     levels = load_level(2.0**pooled, noise_log2(flow), LEVELS).astype(np.int64)
     levels[np.isnan(pooled)] = ramp.blank
     row, column = scene.source - grid.first_row, scene.target // grid.pool
+    if grid.cell_width >= TEXT_WIDTH and grid.style == "full" and not ink.marks:
+        texts = [
+            ["" if np.isnan(log) else quantities.ratio(2.0**log) for log in logs] for logs in pooled.tolist()
+        ]
+        return full_lines(levels, ramp, ink, grid, texts, (row, column))
     if 0 <= row < levels.shape[0] and 0 <= column < levels.shape[1]:
         levels[row, column] = ramp.cursor
     if ink.marks:
@@ -130,7 +136,7 @@ def draw_routes(scene: FlowScene, ink: Ink, width: int, height: int) -> Panel:
 
 
 def strongest_routes(flow: Flow, most: int) -> list[tuple[int, int, float, float]]:
-    """(expert, expert of the next layer, lift, share of all traffic), largest lift first."""
+    """(expert, expert of the next layer, lift, share of all traffic): more often than by chance, largest lift first."""
     total = flow.counts_EE.sum()
     if total == 0:
         return []
@@ -138,4 +144,4 @@ def strongest_routes(flow: Flow, most: int) -> list[tuple[int, int, float, float
     lift = np.where(share >= MIN_ROUTE_SHARE / flow.counts_EE.size, np.nan_to_num(flow.lift_EE, nan=0.0), 0.0)
     order = np.argsort(-lift, axis=None, kind="stable")[:most]
     pairs = zip(*np.unravel_index(order, lift.shape), strict=True)
-    return [(int(i), int(j), float(lift[i, j]), float(share[i, j])) for i, j in pairs if lift[i, j] > 0]
+    return [(int(i), int(j), float(lift[i, j]), float(share[i, j])) for i, j in pairs if lift[i, j] > 1]

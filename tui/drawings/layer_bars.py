@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ _MAX_BAR = 9
 def bar_order(scene: Scene) -> np.ndarray:
     """Experts of the layer in the order of their bars: by falling load (stable), or by number."""
     loads_E = shown_loads(scene)
-    if scene.by_id:
+    if scene.eye.by_id:
         return np.arange(len(loads_E))
     return np.argsort(-np.nan_to_num(loads_E, nan=-1.0), kind="stable")
 
@@ -70,7 +71,7 @@ def draw_layer_bars(scene: Scene, ink: Ink, width: int, height: int) -> Panel:
     kind = {"share": "share of tokens", "mean": "load, mean of 20 steps"}.get(
         scene.scale, "load of this step"
     )
-    title = f"layer {scene.layer} · {kind} · {'by number' if scene.by_id else 'by load'}"
+    title = f"layer {scene.layer} · {kind} · {'by number' if scene.eye.by_id else 'by load'}"
     note = f"{info.num_experts} experts, {info.top_k} a token · {info.name}"
     if pool > 1:
         note = f"every {pool}th expert · {note}"
@@ -98,6 +99,7 @@ def _log_lines(scene: Scene, bars: _Bars, ink: Ink, width: int, lines: int) -> l
         logs = np.where(bars.loads > 0, np.clip(np.log2(bars.loads), -LOAD_LIMIT, LOAD_LIMIT), 0.0)
     eighths = np.rint(np.nan_to_num(logs) / LOAD_LIMIT * half * 8).astype(int).tolist()
     dead = (bars.levels < 0).tolist()
+    colors = [bars.color(index, ink) for index in range(len(eighths))]
     ticks = {half - round(value / LOAD_LIMIT * half): label for value, label in LOAD_TICKS}
     rows = []
     for line in range(2 * half + 1):
@@ -107,13 +109,15 @@ def _log_lines(scene: Scene, bars: _Bars, ink: Ink, width: int, lines: int) -> l
             continue
         up = line < half
         base = (half - 1 - line) * 8 if up else (line - half - 1) * 8
-        paper = "band" if base / 8 / half * LOAD_LIMIT < bars.noise else None
+        back = ink.color_of("band") if base / 8 / half * LOAD_LIMIT < bars.noise else ink.background
         for index, eighth in enumerate(eighths):
             fill = min(max((eighth if up else -eighth) - base, 0), 8)
             if dead[index] and line == 2 * half:
-                built.put("×", "strong").put("", width=bars.cell - 1)
+                built.put("×", "strong", bars.cell - (bars.cell >= 3), align="center").put(
+                    "", width=int(bars.cell >= 3)
+                )
             else:
-                built.extend(_bar_cell(fill, up, bars.color(index, ink), bars.cell, ink, paper))
+                built.extend(_bar_cell(fill, up, colors[index], back, bars.cell, ink.ascii))
         rows.append(built.row())
     return rows
 
@@ -122,17 +126,17 @@ def _axis_label(text: str, style: str, ink: Ink, width: int) -> Line:
     return Line(ink, width).put(text, style, _AXIS - 1, align="right").put(" ")
 
 
-def _bar_cell(fill: int, up: bool, color: str, cell: int, ink: Ink, paper: str | None) -> list[Segment]:
-    """One line of a bar: `fill` eighths of it, from below (up) or from above (down)."""
+@cache
+def _bar_cell(fill: int, up: bool, color: str, back: str, cell: int, ascii: bool) -> tuple[Segment, ...]:
+    """One line of a bar: `fill` eighths of it, from below (up) or from above (down), and the gap to the next bar."""
     gap = 1 if cell >= 3 else 0
-    back = ink.color_of(paper) if paper else ink.background
-    if ink.ascii:
+    if ascii:
         drawn = Segment(("#" if fill >= 4 else " ") * (cell - gap), Style(color=color, bgcolor=back))
     elif up or fill in (0, 8):
         drawn = Segment(SPARKS[fill] * (cell - gap), Style(color=color, bgcolor=back))
     else:  # what hangs from above is what a block from below leaves free
         drawn = Segment(SPARKS[8 - fill] * (cell - gap), Style(color=back, bgcolor=color))
-    return [drawn, Segment(" " * gap, Style(bgcolor=back))] if gap else [drawn]
+    return (drawn, Segment(" " * gap, Style(bgcolor=back))) if gap else (drawn,)
 
 
 def _share_lines(scene: Scene, bars: _Bars, ink: Ink, width: int, lines: int) -> list[Row]:
@@ -144,6 +148,7 @@ def _share_lines(scene: Scene, bars: _Bars, ink: Ink, width: int, lines: int) ->
     eighths = np.rint(shares / top * lines * 8).astype(int).tolist()
     even_line = lines - 1 - min(int(even / top * lines), lines - 1)
     labels = {0: quantities.percent(top), lines - 1: "0 %", even_line: quantities.percent(even)}
+    colors = [bars.color(index, ink, even=ink.color_of("faint")) for index in range(len(eighths))]
     rows = []
     for line in range(lines):
         base = (lines - 1 - line) * 8
@@ -153,8 +158,7 @@ def _share_lines(scene: Scene, bars: _Bars, ink: Ink, width: int, lines: int) ->
             if fill == 0 and line == even_line:
                 built.put("─" * bars.cell, "faint")
             else:
-                color = bars.color(index, ink, even=ink.color_of("faint"))
-                built.extend(_bar_cell(fill, True, color, bars.cell, ink, None))
+                built.extend(_bar_cell(fill, True, colors[index], ink.background, bars.cell, ink.ascii))
         rows.append(built.row())
     return rows
 

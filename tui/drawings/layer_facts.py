@@ -29,9 +29,9 @@ def draw_layer_facts(scene: Scene, ink: Ink, width: int, height: int) -> Panel:
     known = loads[np.isfinite(loads)]
     starved = float(starved_line(info.num_experts))
     facts = (
-        ("experts used", _said(float(shot.n_eff_L[layer]), "{:.1f}"), f"of {info.num_experts}"),
-        ("load H/ln E", _said(_newest(shot.load_entropy_TL, layer)), "1 is even"),
-        ("token H/ln E", _said(_newest(shot.route_entropy_TL, layer)), "1 is undecided"),
+        ("experts used", quantities.fixed(float(shot.n_eff_L[layer]), 1), f"of {info.num_experts}"),
+        ("load H/ln E", quantities.fixed(_newest(shot.load_entropy_TL, layer)), "1 is even"),
+        ("token H/ln E", quantities.fixed(_newest(shot.route_entropy_TL, layer)), "1 is undecided"),
         (
             "highest load",
             quantities.ratio(known.max(initial=-1)),
@@ -50,10 +50,6 @@ def draw_layer_facts(scene: Scene, ink: Ink, width: int, height: int) -> Panel:
 
 def _newest(history_TL: np.ndarray, layer: int) -> float:
     return float(history_TL[-1, layer]) if len(history_TL) else math.nan
-
-
-def _said(value: float, form: str = "{:.2f}") -> str:
-    return form.format(value) if math.isfinite(value) else quantities.MISSING
 
 
 def _fact_rows(facts: Iterable[tuple[str, str, str]], ink: Ink, width: int) -> list[Row]:
@@ -82,7 +78,7 @@ def draw_top_experts(scene: Scene, ink: Ink, width: int, height: int) -> Panel:
         return Panel(title, filled([Line(ink, width).put(words, "muted").row()], ink, width, height))
     columns = max(width - _MARGIN - 7, 1)
     tick = min(max(columns // len(history.steps), 1), 4)
-    loads_TE = history.load_rel_TLE[-(columns // tick) :, scene.layer]
+    loads_TE = history.load_rel_TE[-(columns // tick) :]
     strips = _strips(np.repeat(loads_TE[:, order].T, tick, axis=1), scene, ink, columns)
     rows = []
     for expert, strip in zip(order.tolist(), strips, strict=True):
@@ -142,7 +138,7 @@ def _life_line(scene: Scene, ink: Ink, width: int, lines: int) -> list[Row]:
     if scene.history is None or lines < 2:
         return []
     with np.errstate(divide="ignore"):
-        logs = np.log2(scene.history.load_rel_TLE[:, scene.layer, scene.expert])
+        logs = np.log2(scene.history.load_rel_TE[:, scene.expert])
     columns = max(width - 4, 1)
     drawn = chart(resample(np.maximum(logs, -LOAD_LIMIT), columns), -LOAD_LIMIT, LOAD_LIMIT, columns, lines)
     labels = {0: "8×", lines - 1: "1/8", **({lines // 2: "1×"} if lines % 2 else {})}

@@ -200,7 +200,7 @@ def _spare(scene: Scene, ink: Ink, width: int, lines: int) -> list[Row]:
         f"L{highest.layer} E{highest.expert} {quantities.ratio(highest.value)}", "text"
     )
     line.put("   dead ", "muted").put(str(dead), "error" if dead else "text")
-    alerts = [alert for alert in scene.snapshot.open_alerts if alert.episode not in scene.muted]
+    alerts = [alert for alert in scene.snapshot.open_alerts if alert.episode not in scene.eye.muted]
     rows = [Line(ink, width).row(), line.row()]
     return rows + [headline(alert, scene, ink, width) for alert in alerts[: lines - 3]]
 
@@ -251,7 +251,7 @@ def _title(scene: Scene) -> str:
 
 
 def _note(scene: Scene, grid: Grid) -> str:
-    parts = [f"{grid.pool} experts a cell, the most uneven shown"] if grid.pool > 1 else []
+    parts = [f"{grid.pool} experts a cell (most uneven)"] if grid.pool > 1 else []
     if grid.num_rows < scene.num_layers:
         parts.append(f"layers {grid.first_row} to {grid.first_row + grid.num_rows - 1} of {scene.num_layers}")
     if scene.snapshot.step >= 0:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from tui import quantities
 from tui.archive import RunRow
 from tui.drawings.status_line import STATES
 from tui.ink import Ink
 from tui.lines import Line, Panel, Row, filled, message_rows
+from tui.scene import entropy_style
 
 _COLUMNS = (
     ("run", 23),
@@ -20,6 +19,7 @@ _COLUMNS = (
     ("alerts", 7),
     ("created", 12),
 )
+_NARROW = (("run", 14), ("state", 16), ("step", 16), ("loss", 8), ("worst H/ln E", 13), ("alerts", 7))
 _RIGHT = {"step", "loss", "worst H/ln E", "alerts", "created"}
 
 
@@ -29,14 +29,15 @@ def draw_run_table(
     """`current` is the path of the run that is open; `message` is said while there is no list."""
     if not runs:
         return Panel("runs", message_rows(message, ink, width, height))
+    columns = _COLUMNS if width >= 2 + sum(cells for _, cells in _COLUMNS) else _NARROW
     head = Line(ink, width).put("  ")
-    for name, cells in _COLUMNS:
+    for name, cells in columns:
         head.put(name, "faint", cells, align="right" if name in _RIGHT else "left")
     room = max(height - 2, 1)
     first = min(max(selected - room // 2, 0), max(len(runs) - room, 0))
     rows = [head.row()]
     for index, run in enumerate(runs[first : first + room], first):
-        rows.append(_run_row(run, index == selected, str(run.path) == current, ink, width))
+        rows.append(_run_row(run, columns, index == selected, str(run.path) == current, ink, width))
     return Panel(
         f"runs · {len(runs)}",
         filled(rows, ink, width, height),
@@ -45,25 +46,24 @@ def draw_run_table(
     )
 
 
-def _run_row(run: RunRow, selected: bool, current: bool, ink: Ink, width: int) -> Row:
+def _run_row(
+    run: RunRow, columns: tuple[tuple[str, int], ...], selected: bool, current: bool, ink: Ink, width: int
+) -> Row:
     on = "band" if selected else None
     mark, style, word = STATES[run.state]
     planned = f" / {quantities.count(run.planned_steps)}" if run.planned_steps else ""
-    worst = "critical" if run.worst_entropy < 0.7 else "warning" if run.worst_entropy < 0.85 else "text"
-    cells = (
-        (run.name, "strong" if selected else "text"),
-        (f"{mark} {word}", style),
-        (quantities.count(run.step) + planned if run.step >= 0 else quantities.MISSING, "text"),
-        (f"  {run.shape}", "muted"),
-        (quantities.number(run.loss), "text"),
-        (f"{run.worst_entropy:.2f}" if math.isfinite(run.worst_entropy) else quantities.MISSING, worst),
-        (
-            str(run.open_alerts) if run.open_alerts else quantities.MISSING,
-            "warning" if run.open_alerts else "faint",
-        ),
-        (f"{quantities.duration(run.age_seconds)} ago", "muted"),
-    )
+    cells = {
+        "run": (run.name, "strong" if selected else "text"),
+        "state": (f"{mark} {word}", style),
+        "step": (quantities.count(run.step) + planned if run.step >= 0 else quantities.MISSING, "text"),
+        "  experts": (f"  {run.shape}", "muted"),
+        "loss": (quantities.number(run.loss), "text"),
+        "worst H/ln E": (quantities.fixed(run.worst_entropy), entropy_style(run.worst_entropy, "text")),
+        "alerts": (str(run.open_alerts or quantities.MISSING), "warning" if run.open_alerts else "faint"),
+        "created": (f"{quantities.duration(run.age_seconds)} ago", "muted"),
+    }
     line = Line(ink, width).put("▸ " if current else "  ", "accent", on=on)
-    for (name, room), (text, color) in zip(_COLUMNS, cells, strict=True):
+    for name, room in columns:
+        text, color = cells[name]
         line.put(text, color, room, align="right" if name in _RIGHT else "left", on=on)
     return line.row(on=on)

@@ -137,10 +137,10 @@ def draw_tabs(names: tuple[tuple[str, str, str], ...], current: str, ink: Ink, w
 
 
 def draw_keys(keys: list[tuple[str, str]], ink: Ink, width: int) -> Row:
-    """The footer: key and label of each action, as many as fit."""
+    """The footer: key and label of each action, closer together where there is little room."""
+    needed = sum(len(key) + len(label) + 2 for key, label in keys)
+    gap = min(max((width - needed) // max(len(keys), 1), 1), 3)
     line = Line(ink, width).put(" ", on="bar")
     for key, label in keys:
-        if line.room < len(key) + len(label) + 4:
-            break
-        line.put(f" {key} ", "accent", bold=True, on="bar").put(f"{label}  ", "muted", on="bar")
+        line.put(key, "accent", bold=True, on="bar").put(f" {label}{' ' * gap}", "muted", on="bar")
     return line.row(on="bar")

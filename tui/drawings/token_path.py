@@ -13,8 +13,6 @@ from tui.heat import Grid, fit, full_lines, half_lines, mark_lines
 from tui.ink import Ink
 from tui.lines import Line, Panel, Row, filled, message_rows
 
-_ORANGE = 0
-
 
 def draw_token_path(scene: TokenScene, ink: Ink, width: int, height: int) -> Panel:
     """One token: its experts and gate weights in every layer."""
@@ -58,8 +56,8 @@ def _path_row(scene: TokenScene, index: int, hues: dict[int, int], ink: Ink, wid
         if expert < 0 or row.room < digits + 4:
             break
         style: str | Style = "strong" if here else "text"
-        if (here and expert in hues) or expert == scene.only:
-            style = hue_style(ink, hues.get(expert, _ORANGE))
+        if here and expert in hues:
+            style = hue_style(ink, hues[expert])
         row.put(f"{expert:>{digits}}", style).put(f" {quantities.unit(weight)} ", "muted").put(" ")
     return row.row()
 
@@ -100,7 +98,7 @@ def draw_shared(scene: TokenScene, ink: Ink, width: int, height: int) -> Panel:
         rows.append(built.extend(row).row())
     at = margin + (scene.token - start) * grid.cell_width
     foot = Line(ink, width).to(at).put("▴", "strong").put(f" token {scene.token}", "faint").row()
-    return Panel(title, [*filled(rows, ink, width, height - 1), foot], "dark: none · bright: all")
+    return Panel(title, [*filled(rows, ink, width, height - 1), foot], "strongest colour: all of them")
 
 
 def _shared_cells(scene: TokenScene, start: int, shown: int, grid: Grid, ink: Ink) -> list[Row]:

@@ -126,7 +126,7 @@ def draw_token_text(scene: TokenScene, ink: Ink, width: int, height: int) -> Pan
     lines = layout(trace.texts, width)
     here = next((at for at, line in enumerate(lines) if any(piece.token == scene.token for piece in line)), 0)
     hues = hues_of(scene)
-    legend = _legend(scene, hues, ink, width)
+    legend = _legend(scene, hues, ink, width)[: max(height // 3, 1)]
     room = max(height - len(legend) - 1, 1)
     first = min(max(here - room // 2, 0), max(len(lines) - room, 0))
     styles = _styles(scene, hues, ink)

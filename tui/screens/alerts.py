@@ -45,7 +45,7 @@ class AlertsScreen(RunScreen):
 
     def subjects(self, scene: Scene) -> dict[str, tuple[object, Hashable]]:
         subject = (scene, scene.snapshot.alerts, self._selected(scene))
-        return {name: (subject, (*_key(scene), subject[2])) for name in ("table", "detail")}
+        return dict.fromkeys(("table", "detail"), (subject, (scene.key, subject[2])))
 
     def _selected(self, scene: Scene) -> int:
         """The selection follows its episode when the list moves."""
@@ -86,13 +86,3 @@ class AlertsScreen(RunScreen):
         if self.scene is not None and row < len(self.scene.snapshot.alerts):
             self._episode = self.scene.snapshot.alerts[row].episode
             self.moeviz.refresh_view()
-
-
-def _key(scene: Scene) -> tuple[Hashable, ...]:
-    return (
-        scene.snapshot.run_path,
-        scene.snapshot.revision,
-        scene.snapshot.step,
-        scene.acknowledged,
-        scene.muted,
-    )

@@ -87,8 +87,6 @@ class RunScreen(Screen[None]):
 
     def on_mount(self) -> None:
         self.query_one("#tabs", Pane).show(self.NAME, self.NAME)
-        keys = [(key.shown, key.label) for key in footer_keys(self.NAME)]
-        self.query_one("#keys", Pane).show(keys, self.NAME)
         self.place_panes()
 
     def on_screen_resume(self) -> None:
@@ -101,6 +99,8 @@ class RunScreen(Screen[None]):
         """Show all panes, or on a narrow terminal the one in front; mark it."""
         narrow = self.narrow
         self.set_class(narrow, "-narrow")
+        keys = footer_keys(self.NAME, narrow=narrow and len(self.panes) > 1)
+        self.query_one("#keys", Pane).show([(key.shown, key.label) for key in keys], keys)
         for pane in self.panes:
             pane.display = not narrow or pane.id == self.front
             pane.set_class(pane.id == self.front, "-front")

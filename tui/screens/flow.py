@@ -48,7 +48,7 @@ class FlowScreen(RunScreen):
         asked = (scene.snapshot.run_path, scene.layer)
         if asked != self._asked:
             self._asked, self._message = asked, "reading the sampled tokens"
-            archive = self.moeviz.source.archive
+            archive = self.moeviz.archive
             self.moeviz.errands.ask("flow", lambda: archive.flow(scene.layer), self._take)
 
     def _take(self, flow: Flow | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 
@@ -9,6 +11,7 @@ from tui.drawings.alert_list import draw_alert_list
 from tui.drawings.entropy_rows import draw_entropy_rows
 from tui.drawings.load_map import draw_load_map
 from tui.drawings.now_panel import draw_now_panel
+from tui.scene import Scene
 from tui.screens.base import RunScreen, screen_bindings
 from tui.widgets.pane import Pane
 
@@ -31,6 +34,11 @@ class OverviewScreen(RunScreen):
             with Vertical(classes="column side"):
                 yield Pane(draw_now_panel, id="now")
                 yield Pane(draw_alert_list, id="alerts")
+
+    def subjects(self, scene: Scene) -> dict[str, tuple[object, Hashable]]:
+        """Alerts change far less often than loads: their list has a key of its own."""
+        alerts = (scene.snapshot.run_path, scene.snapshot.alerts, scene.eye.acknowledged, scene.eye.muted)
+        return {**super().subjects(scene), "alerts": (scene, alerts)}
 
     def place_panes(self) -> None:
         super().place_panes()

@@ -61,7 +61,7 @@ class TokensScreen(RunScreen):
     def _share_height(self) -> None:
         """The text has at least half of its column, the map below it no more than its layers need."""
         layers = len(self.view.trace.layers) if self.view.trace is not None else 0
-        lines = min(-(-layers // 2) + 3, (self.size.height - 3) // 2)
+        lines = min(max(-(-layers // 2), min(layers, 8)) + 3, (self.size.height - 3) // 2)
         self.query_one("#shared").styles.height = "1fr" if self.narrow or not layers else max(lines, 5)
 
     def on_screen_resume(self) -> None:
@@ -71,7 +71,7 @@ class TokensScreen(RunScreen):
 
     def read_sequences(self) -> None:
         """Ask which sequences there are; the one that is open stays open."""
-        self.moeviz.errands.ask("sequences", self.moeviz.source.archive.sequences, self._take_sequences)
+        self.moeviz.errands.ask("sequences", self.moeviz.archive.sequences, self._take_sequences)
 
     def _take_sequences(self, refs: list[SequenceRef]) -> None:
         self._refs = refs
@@ -89,7 +89,7 @@ class TokensScreen(RunScreen):
 
     def _open(self, position: int) -> None:
         ref = self._refs[position]
-        archive = self.moeviz.source.archive
+        archive = self.moeviz.archive
         self.view = replace(self.view, position=position, total=len(self._refs))
         self.moeviz.errands.ask("trace", lambda: archive.trace(ref), self._take_trace)
 

@@ -45,7 +45,8 @@ class Pane(Widget, can_focus=False):
         self._draw = draw
         self._subject: Any = _NOTHING
         self._key: Hashable = _NOTHING
-        self._panel: Panel | None = None
+        self.panel: Panel | None = None
+        self._words = ("", "")
         self.repaints = 0
 
     @property
@@ -70,25 +71,27 @@ class Pane(Widget, can_focus=False):
             return
         self.repaints += 1
         if isinstance(self._subject, Said):
-            self._panel = Panel("", message_rows(self._subject.text, self.ink, width, height))
+            self.panel = Panel("", message_rows(self._subject.text, self.ink, width, height))
         else:
-            self._panel = self._draw(self._subject, self.ink, width, height)
-        self.border_title = escape(self.ink.say(self._panel.title))
-        self.border_subtitle = escape(self.ink.say(self._panel.note))
+            self.panel = self._draw(self._subject, self.ink, width, height)
+        words = (self.ink.say(self.panel.title), self.ink.say(self.panel.note))
+        if words != self._words:  # setting them costs a new style cache
+            self._words = words
+            self.border_title, self.border_subtitle = map(escape, words)
         self.refresh()
 
     def render_line(self, y: int) -> Strip:
         width = self.content_size.width
-        if self._panel is None or y >= len(self._panel.rows):
+        if self.panel is None or y >= len(self.panel.rows):
             return Strip.blank(width, self.ink.style("text"))
-        return Strip(self._panel.rows[y])
+        return Strip(self.panel.rows[y])
 
     def on_resize(self, _event: events.Resize) -> None:
         self.repaint()
 
     def on_click(self, event: events.Click) -> None:
         at = event.get_content_offset(self)
-        spot = self._panel.spot if self._panel is not None else None
+        spot = self.panel.spot if self.panel is not None else None
         found = spot(at.x, at.y) if spot is not None and at is not None else None
         if found is not None:
             self.post_message(self.Hit(self, *found))
