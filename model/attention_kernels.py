@@ -63,10 +63,10 @@ class FlashCore(SdpaCore):
         return v_BGCD.shape[-1] <= width <= _FLASH_WIDTH and width % 8 == 0
 
 
-class FlexCore(AttentionCore):
+class FlexCore(SdpaCore):
     """torch's FlexAttention: skips the blocks of a pattern that nobody reads. Compiled on CUDA.
 
-    Eager on a CPU it computes every pair and is there to be tested.
+    On a CPU it is run uncompiled, to be tested, and has no backward: with gradients SDPA takes the call.
     """
 
     def forward(
@@ -78,6 +78,8 @@ class FlexCore(AttentionCore):
         *,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
+        if q_BHSD.device.type == "cpu" and torch.is_grad_enabled():
+            return super().forward(q_BHSD, k_BGCD, v_BGCD, mask, sinks_H=sinks_H)
         from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
         queries, keys = q_BHSD.shape[2], k_BGCD.shape[2]
