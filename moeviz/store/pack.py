@@ -24,6 +24,7 @@ from moeviz.errors import MoevizError
 from moeviz.store.compact import run_lock
 from moeviz.store.cover import SegmentName
 from moeviz.store.detail import write_detail
+from moeviz.store.engine import connect
 from moeviz.store.queries_runs import DEAD_SECONDS, has_ended
 from moeviz.store.reader import Store
 from moeviz.store.run import DATABASE_FILE, RunInfo, read_info, write_info
@@ -87,7 +88,7 @@ def unpack_run(path: str | Path) -> None:
     info = read_info(path)
     if not info.packed:
         raise MoevizError(f"{path} is not packed; there is nothing to unpack")
-    connection = duckdb.connect(config={"threads": 2, "async_threads": 1})
+    connection = connect()
     try:
         connection.execute(f"ATTACH '{quoted(path / DATABASE_FILE)}' AS packed (READ_ONLY)")
         for table in TABLES:
@@ -116,12 +117,7 @@ def _build(store: Store, path: Path, info: RunInfo) -> tuple[Path, dict[str, int
     temporary = path / f".{DATABASE_FILE}.tmp"
     for leftover in (temporary, temporary.with_name(temporary.name + ".wal")):
         leftover.unlink(missing_ok=True)
-    config: dict[str, str | bool | int | float | list[str]] = {
-        "threads": 2,
-        "async_threads": 1,
-        "temp_directory": str(path / ".pack_spill"),
-    }
-    connection = duckdb.connect(config=config)
+    connection = connect(temp_directory=str(path / ".pack_spill"))
     rows: dict[str, int] = {}
     try:
         connection.execute(f"ATTACH '{quoted(temporary)}' AS run (STORAGE_VERSION '{STORAGE_VERSION}')")

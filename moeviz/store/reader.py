@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from moeviz.errors import MoevizError
 from moeviz.store.catalog import locate_run
+from moeviz.store.engine import connect
 from moeviz.store.listing import Listing
 from moeviz.store.run import DATABASE_FILE, RUN_FILE, VOCAB_FILE, RunInfo, read_info
 from moeviz.store.sandbox import check_select, explain_error
@@ -208,7 +209,7 @@ class Store:
         if self._connection is not None:
             self._connection.close()
         folder = self.path.parent if self.path.is_file() else self.path
-        self._connection = connection = duckdb.connect(config={"threads": 2, "async_threads": 1})
+        self._connection = connection = connect()
         if self.path.is_file():
             self.info = _attach(connection, self.path)
         else:

@@ -28,14 +28,16 @@ def check_select(connection: duckdb.DuckDBPyConnection, query: str) -> None:
     except duckdb.Error as error:
         raise MoevizError(f"this is not SQL that DuckDB understands: {_first_lines(error)}") from error
     if len(statements) != 1:
-        raise MoevizError(f"{len(statements)} statements given; give one SELECT")
+        raise MoevizError(
+            f"{len(statements)} statements given; give one SELECT (a PIVOT is one with IN (...))"
+        )
     kind = statements[0].type.name
     if kind == "EXPLAIN":
         check_select(connection, _EXPLAIN.sub("", query, count=1))
         return
     if kind == "MULTI":
         raise MoevizError(
-            "PIVOT without IN (...) is more than one statement; list the values: PIVOT t ON c IN (1, 2)"
+            "a PIVOT without IN (...) is two statements; list the values: PIVOT t ON c IN (1, 2)"
         )
     if kind != "SELECT":
         raise MoevizError(f"{kind} is refused: a run is read-only here; give one SELECT")

@@ -19,7 +19,15 @@ import pyarrow.parquet as pq
 from moeviz.store.cover import SegmentName
 
 _MAGIC = b"PAR1"
-_DICTIONARY_COLUMNS = ("name", "domain", "kind", "rule", "episode", "severity", "message", "remedy", "text")
+_DICTIONARY_COLUMNS = (
+    *("name", "domain", "kind", "rule", "episode", "severity", "message", "remedy"),
+    *("experts.list.element", "weights.list.element", "map.list.element", "grid.list.element"),
+)
+"""Few distinct values: 1.55 bytes a routing decision instead of 2.2, and a fifth less time."""
+_SPLIT_COLUMNS = ("prob_sum", "weight_sum", "bias", "token_loss", "row_max", "singular")
+"""Lists of floats: byte planes compress better. Not for integers: DuckDB 1.5 reads this for floats alone."""
+_ROW_GROUP_BYTES = 1_000_000
+"""Arrow bytes of a row group: one sequence is then read without decoding a whole file."""
 _STATISTICS_COLUMNS = ("step", "layer", "seq", "name")
 
 
@@ -51,20 +59,29 @@ def write_segment(
 def write_parquet(
     path: Path, table: pa.Table, *, sync: bool = False, row_groups: list[int] | None = None
 ) -> None:
-    """zstd Parquet. Ids and weights are not dictionary-encoded: zstd alone is as small and twice as fast."""
+    """zstd Parquet, in encodings that DuckDB 1.5 and 2 read.
+
+    Args:
+        path: file to write.
+        table: its rows.
+        sync: wait until they are on the disk.
+        row_groups: rows after which a new row group begins in any case, for example at each layer.
+    """
     columns = set(table.column_names)
+    most = max(1, int(table.num_rows * _ROW_GROUP_BYTES / max(table.nbytes, 1)))
     with open(path, "wb") as file:
         writer = pq.ParquetWriter(
             file,
             table.schema,
             compression="zstd",
-            use_dictionary=[column for column in _DICTIONARY_COLUMNS if column in columns],
-            write_statistics=[column for column in _STATISTICS_COLUMNS if column in columns],
+            use_dictionary=[name for name in _DICTIONARY_COLUMNS if name.partition(".")[0] in columns],
+            use_byte_stream_split=[f"{name}.list.element" for name in _SPLIT_COLUMNS if name in columns],
+            write_statistics=[name for name in _STATISTICS_COLUMNS if name in columns],
         )
         with writer:
             start = 0
             for size in row_groups or [table.num_rows]:
-                writer.write_table(table.slice(start, size), row_group_size=max(size, 1))
+                writer.write_table(table.slice(start, size), row_group_size=most)
                 start += size
         if sync:
             file.flush()

@@ -16,8 +16,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import duckdb
-
+from moeviz.store.engine import connect
 from moeviz.store.run import DATABASE_FILE, VOCAB_FILE
 from moeviz.store.schema import TABLES
 
@@ -68,7 +67,7 @@ def write_database(run_path: str | Path) -> Path:
     temporary = run_path / f".{DATABASE_FILE}.tmp"
     with suppress(FileNotFoundError):
         temporary.unlink()
-    connection = duckdb.connect(config={"threads": 1, "async_threads": 1})
+    connection = connect(threads=1)
     try:
         connection.execute(f"ATTACH '{quoted(temporary)}' AS run (STORAGE_VERSION '{STORAGE_VERSION}')")
         connection.execute("USE run")
