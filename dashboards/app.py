@@ -67,7 +67,8 @@ def main() -> None:
         empty(str(error), "moeviz demo")
     except MoevizError as error:
         st.error(str(error), icon=":material/error:")
-    view.write_link()
+    finally:
+        view.write_link()  # also when a page stopped early
 
 
 main()

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from typing import TYPE_CHECKING
+
 import pandas as pd
-import plotly.graph_objects as go
 import streamlit as st
 
 from dashboards.data import Answer
+
+if TYPE_CHECKING:  # the live page draws without plotly and must not load it
+    import plotly.graph_objects as go
 
 _SHOWN_ROWS = 1000
 _TABLE_PIXELS, _ROW_PIXELS = 560, 35

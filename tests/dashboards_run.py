@@ -45,7 +45,8 @@ TEXTS = {
     "code": "def binary_search(items, target):\n    low, high = 0, len(items) - 1\n    while low <= high:\n        "
     "middle = (low + high) // 2\n        if items[middle] == target:\n            return middle\n        if "
     "items[middle] < target:\n            low = middle + 1\n        else:\n            high = middle - 1\n"
-    "    return None\n\nassert binary_search([1, 3, 5, 7, 9, 11], 7) == 3\n",
+    "    return None\n\n<img src=x onerror=\"document.title='owned'\">\n"
+    "assert binary_search([1, 3, 5, 7, 9, 11], 7) == 3\n",
     "maths": "Let f(x) = x^2 + 3x - 4. To find the roots, factor the polynomial: f(x) = (x + 4)(x - 1), so x = -4 or "
     "x = 1. The sum of the roots is -3 and their product is -4, as the coefficients promise. If 12 cows eat "
     "60 bales in 5 days, one cow eats 60 / (12 * 5) = 1 bale a day, and 20 cows eat 140 bales in 7 days.",
@@ -54,7 +55,7 @@ TEXTS = {
 
 def pieces(text: str) -> list[str]:
     """Words with their leading space, digits one by one, runs of white space: what a tokenizer gives."""
-    return re.findall(r"\n[ ]*| ?[A-Za-z_]+| ?\d| ?[^\sA-Za-z_\d]| +", text)
+    return re.findall(r"<img[^>]+>|\n[ ]*| ?[A-Za-z_]+| ?\d| ?[^\sA-Za-z_\d]| +", text)
 
 
 VOCAB = sorted({piece for text in TEXTS.values() for piece in pieces(text)} | {"<pad>"})
@@ -74,6 +75,10 @@ def model_info() -> ModelInfo:
     )
     cores = tuple(AttentionInfo(layer=i, name=f"blocks.{i}.attention.core", num_heads=8) for i in range(L))
     return ModelInfo(family="moeviz", layers=layers, attentions=cores, num_parameters=12_345_678)
+
+
+HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
+"""A token that a careless page would run."""
 
 
 class SyntheticRun:

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from moeviz.colors import SEVERITY_COLORS, SEVERITY_MARKS, Theme
-from moeviz.plots.style import CHOSEN, INK, blank, fade
+from moeviz.plots.style import CHOSEN, INK, NAMES_ABOVE, blank, fade
 
 _NAMED_SPANS = 2
 """Alert spans that are named above the figure; more would hide each other."""
@@ -31,7 +31,7 @@ def metric_curves(
         limits: of the axis, for quantities with a natural range.
     """
     ink = INK[theme]
-    figure = blank(theme, height, showlegend=False, hovermode="closest")
+    figure = blank(theme, height, showlegend=False, hovermode="closest", margin=NAMES_ABOVE)
     for at, rows in sorted(frame.groupby("layer", dropna=False), key=lambda group: group[0] == layer):
         chosen = at == layer
         name = "run" if pd.isna(at) else f"layer {int(at)}"

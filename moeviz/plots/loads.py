@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from moeviz.colors import DEAD_MARK, EXPERT_HUES, Theme
-from moeviz.plots.style import CHOSEN, INK, blank, fade, load_scale, log2_load
+from moeviz.plots.style import CHOSEN, INK, NAMES_ABOVE, blank, fade, load_scale, log2_load
 
 _HUES = EXPERT_HUES[:7]
 _OTHER = EXPERT_HUES[7]
@@ -83,7 +83,7 @@ def load_river(
         expert: drawn in orange.
     """
     ink = INK[theme]
-    figure = blank(theme, height, hovermode="x unified", legend_traceorder="normal")
+    figure = blank(theme, height, hovermode="x unified", legend_traceorder="normal", margin=NAMES_ABOVE)
     free = [hue for hue in _HUES if hue != CHOSEN or expert is None]
     for group, rows in groups.groupby("group", sort=False):
         chosen = str(group) == str(expert)

@@ -263,7 +263,14 @@ def lift_matrix(
             expert - 0.5, expert + 0.5, line={"color": CHOSEN, "width": 1.5}, fillcolor="rgba(0,0,0,0)"
         )
     first, second = transitions["source_layer"].iloc[0], transitions["target_layer"].iloc[0]
-    figure.update_xaxes(title_text=f"expert of layer {second}", showgrid=False, constrain="domain")
+    every = max(1, max(shape) // 8)
+    figure.update_xaxes(
+        title_text=f"expert of layer {second}", showgrid=False, constrain="domain", dtick=every
+    )
     return figure.update_yaxes(
-        title_text=f"expert of layer {first}", showgrid=False, autorange="reversed", scaleanchor="x"
+        title_text=f"expert of layer {first}",
+        showgrid=False,
+        autorange="reversed",
+        scaleanchor="x",
+        dtick=every,
     )

@@ -30,6 +30,9 @@ INK: dict[Theme, Ink] = {
 }
 CHOSEN = "#E69F00"
 """The selected expert or layer is always this orange (the first of EXPERT_HUES)."""
+MARGIN = {"l": 56, "r": 16, "t": 12, "b": 42}
+NAMES_ABOVE = {**MARGIN, "t": 32}
+"""For figures with names of alerts above the axes."""
 FONT = "'Source Sans', 'Source Sans Pro', -apple-system, 'Segoe UI', sans-serif"
 
 
@@ -50,7 +53,7 @@ def blank(theme: Theme, height: int, **layout: Any) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 13, "color": ink.text},
-        margin={"l": 56, "r": 16, "t": 30, "b": 42},
+        margin=MARGIN,
         hoverlabel={
             "bgcolor": ink.card,
             "bordercolor": ink.grid,
