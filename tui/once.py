@@ -104,4 +104,4 @@ def _newest(history_TL: np.ndarray, layer: int) -> float | None:
 
 def _plain(value: Any) -> float | None:
     number = float(value)
-    return round(number, 6) if math.isfinite(number) else None
+    return float(f"{number:.6g}") if math.isfinite(number) else None
