@@ -16,7 +16,7 @@ from model.router import routers
 from moeviz.errors import MoevizError
 from trainer.balance import move_bias, training_loss
 from trainer.config import EngineConfig, InputConfig, OptimConfig, TrainConfig
-from trainer.engine import Engine, build_engine, choose_device, physical_cores, set_threads
+from trainer.engine import Engine, build_engine, choose_device, cpu_quota, physical_cores, set_threads
 from trainer.precision import MasterWeights, cast_weights
 
 V, B, S, MICRO = 61, 3, 8, 2
@@ -201,7 +201,25 @@ def test_threads_default_to_physical_cores_unless_the_environment_says_otherwise
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert set_threads(None) == physical_cores() >= 1
+    assert set_threads(None) == min(physical_cores(), cpu_quota()) >= 1
     assert set_threads(1) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert set_threads(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 1 << 16),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 1 << 16),
+        ({}, 1 << 16),
+    ],
+)
+def test_a_container_is_taken_at_its_word(files: dict[str, str], expected: int, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert cpu_quota(tmp_path) == expected

@@ -180,7 +180,7 @@ class EngineConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a CUDA device where there is one."""
     threads: int | None = None
-    """Threads of one operation on the CPU. None: OMP_NUM_THREADS, or one for each physical core."""
+    """CPU threads of one operation; another number rounds differently. None: OMP_NUM_THREADS, or physical cores."""
 
     def __post_init__(self) -> None:
         threads = self.threads

@@ -88,12 +88,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def set_threads(threads: int | None) -> int:
     """Choose the number of CPU threads of one operation, and return it.
 
-    Without a value OMP_NUM_THREADS decides, else one thread for each physical core this process may use: two
-    hyper-threads of one core compete for the same multipliers.
+    Without a value OMP_NUM_THREADS decides, else one thread for each physical core this process may use (two
+    hyper-threads of one core compete for the same multipliers), or fewer where a container grants less time.
     """
     if threads is None and "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
-    torch.set_num_threads(threads or physical_cores())
+    torch.set_num_threads(threads or min(physical_cores(), cpu_quota()))
     return torch.get_num_threads()
 
 
@@ -105,3 +105,14 @@ def physical_cores() -> int:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.exists() else str(cpu))
     return max(len(cores), 1)
+
+
+def cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that a container is granted in time (`docker run --cpus`), at least 1; a large number without a limit."""
+    for name in ("cpu.max", "cpu/cpu.cfs_quota_us"):
+        file = group / name
+        if file.is_file():
+            quota, *rest = file.read_text().split()
+            period = rest[0] if rest else file.with_name("cpu.cfs_period_us").read_text()
+            return max(int(quota) // int(period), 1) if quota.isdecimal() else 1 << 16
+    return 1 << 16

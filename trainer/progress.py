@@ -6,6 +6,7 @@ The loop reports; how it looks is decided here, and `Silent` is what a library c
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +15,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from moeviz.colors import SEVERITY_MARKS
 from moeviz.records import AlertRecord
@@ -35,6 +37,7 @@ class StepReport:
     grad_norm: float
     tokens_per_second: float
     seconds_left: float
+    """At the mean pace of this call so far, evaluations and checkpoints included."""
     worst_load: float
     """Largest load of an expert over the even share; NaN without experts."""
     worst_expert: tuple[int, int]
@@ -42,12 +45,11 @@ class StepReport:
 
     def __str__(self) -> str:
         left = timedelta(seconds=round(self.seconds_left))
-        line = f"loss {self.loss:.3f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}"
-        line += f"  {self.tokens_per_second:,.0f} tok/s  left {left}"
-        if self.worst_load == self.worst_load:
+        line = f"loss {self.loss:.3f}  left {left}  {self.tokens_per_second:,.0f} tok/s"
+        if not math.isnan(self.worst_load):
             layer, expert = self.worst_expert
             line += f"  max load {self.worst_load:.2f}x (layer {layer}, expert {expert})"
-        return line
+        return f"{line}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}"
 
 
 class Progress(Protocol):
@@ -98,25 +100,28 @@ class PlainLines:
 
 
 class LiveBar(PlainLines):
-    """A bar that is redrawn in place; evaluations and notes scroll above it."""
+    """A bar that is redrawn in place from the first step on; evaluations and notes scroll above it."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, every=1)
+        numbers = Column(no_wrap=True, overflow="ellipsis", ratio=1)
         self._bar = RichProgress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            TextColumn("{task.description}", table_column=numbers),
             console=console,
+            expand=True,
             refresh_per_second=4,
         )
         self._task = self._bar.add_task("", total=None)
-        self._bar.start()
 
     def step(self, report: StepReport) -> None:
         self._bar.update(
             self._task, completed=report.step + 1, total=report.max_steps, description=str(report)
         )
+        if not self._bar.live.is_started:
+            self._bar.start()
 
     def close(self) -> None:
         self._bar.stop()

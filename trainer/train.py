@@ -64,6 +64,7 @@ def train(
     evaluations: dict[int, Mapping[str, DomainLoss]] = {}
     step, saved = parts.first_step, None
     error: BaseException | None = None
+    loop_started = time.monotonic()
     try:
         with interrupt or Interrupt() as interrupt:
             while step < config.max_steps and not _asked_to_stop(parts, interrupt):
@@ -71,7 +72,8 @@ def train(
                     evaluations[step] = _evaluate(parts, step, progress)
                 taken = take_step(parts, step)
                 losses.append(taken.loss)
-                _report(parts, step, taken, progress)
+                pace = (time.monotonic() - loop_started) / len(losses)
+                _report(parts, step, taken, pace * (config.max_steps - step - 1), progress)
                 step += 1
                 if _is_due(step, config.checkpoint.save_every):
                     saved = _save_or_warn(parts, step, progress) or saved
@@ -155,7 +157,7 @@ def take_step(parts: Assembly, step: int) -> StepTaken:
     )
 
 
-def _report(parts: Assembly, step: int, taken: StepTaken, progress: Progress) -> None:
+def _report(parts: Assembly, step: int, taken: StepTaken, seconds_left: float, progress: Progress) -> None:
     tokens_per_second = parts.tokens_per_step / taken.seconds
     parts.recorder.step(
         step,
@@ -174,7 +176,7 @@ def _report(parts: Assembly, step: int, taken: StepTaken, progress: Progress) ->
             learning_rate=taken.learning_rate,
             grad_norm=taken.grad_norm,
             tokens_per_second=tokens_per_second,
-            seconds_left=(parts.config.max_steps - step - 1) * taken.seconds,
+            seconds_left=seconds_left,
             worst_load=worst_load,
             worst_expert=worst_expert,
         )
