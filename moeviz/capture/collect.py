@@ -34,6 +34,7 @@ class LayerGroup:
     sites: tuple[RouterSite, ...]
     score: ScoreFunction
     ranked: bool
+    has_bias: bool
     checked: bool = False
 
     @property
@@ -46,8 +47,10 @@ class LayerGroup:
 
     def bias(self, first: int = 0, stop: int | None = None) -> Tensor | None:
         """Selection biases as they are now, float32 [L, E], or None where the routers have none."""
-        biases = [bias for site in self.sites[first:stop] if (bias := site.bias()) is not None]
-        return torch.stack(biases).detach().float() if biases else None
+        if not self.has_bias:
+            return None
+        biases = [bias.detach() for site in self.sites[first:stop] if (bias := site.bias()) is not None]
+        return torch.stack(biases).float()
 
 
 def group_layers(routers: Sequence[RouterSite]) -> list[LayerGroup]:
@@ -72,7 +75,13 @@ def group_layers(routers: Sequence[RouterSite]) -> list[LayerGroup]:
         layers = tuple(members)
         sites = tuple(routers[layer] for layer in layers)
         groups.append(
-            LayerGroup(layers=layers, sites=sites, score=sites[0].score, ranked=not sites[0].grouped)
+            LayerGroup(
+                layers=layers,
+                sites=sites,
+                score=sites[0].score,
+                ranked=not sites[0].grouped,
+                has_bias=sites[0].bias() is not None,
+            )
         )
     return groups
 

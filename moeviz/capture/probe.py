@@ -245,10 +245,9 @@ class Probe:
                 tensors[f"bias/{index}"] = bias_LE
         if sums.valid_tokens is not None:
             tensors["valid_tokens"] = sums.valid_tokens
-        on_device = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
+        on_host, on_device = _split(scalars)
         if on_device:
-            numbers = [value.detach().float().mean() for value in on_device.values()]
-            tensors["scalars"] = torch.stack([n.to(numbers[0].device) for n in numbers])
+            tensors["scalars"] = torch.stack([*on_device.values()])
         return LoadBatch(
             step=number,
             rank=self.rank,
@@ -258,7 +257,7 @@ class Probe:
             tokens=sums.tokens,
             copy=HostCopy(tensors),
             dropless=sums.dropless,
-            scalars={n: float(value) for n, value in scalars.items() if n not in on_device},
+            scalars=on_host,
             device_scalars=tuple(on_device),
             rank_sum=self._rank_sum,
             whole=whole,
@@ -348,6 +347,19 @@ class Probe:
         )
         self.failures.say("give up", message)
         self.event("detached", message=message)
+
+
+def _split(scalars: Mapping[str, float | Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """(numbers, tensors on an accelerator): asking the latter for their value now would wait for the device."""
+    on_host, on_device = {}, {}
+    for name, value in scalars.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            on_device[name] = value.detach().float().mean()
+        elif isinstance(value, Tensor):
+            on_host[name] = float(value) if value.numel() == 1 else float(value.float().mean())
+        else:
+            on_host[name] = float(value)
+    return on_host, on_device
 
 
 def _no_router_seen(info: ModelInfo, sums: StepSums) -> str:
