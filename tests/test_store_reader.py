@@ -45,8 +45,8 @@ def path(template: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_loads_equal_a_recount_of_every_token(path: Path) -> None:
-    with open_run(path) as store:
+def test_loads_equal_a_recount_of_every_token(template: Path) -> None:
+    with open_run(template) as store:
         assert store.sql(RECOUNT).empty
         total = store.sql("SELECT sum(list_sum(counts)) AS n FROM expert_load")["n"].iloc[0]
         tokens = store.sql("SELECT sum(tokens) AS n FROM expert_load WHERE layer = 0")["n"].iloc[0]
@@ -255,12 +255,12 @@ def test_a_path_that_looks_like_a_partition_is_no_column(tmp_path: Path) -> None
         ("PIVOT scalars ON name USING first(value)", "PIVOT"),
     ],
 )
-def test_sql_that_does_more_than_read_the_tables_is_refused(path: Path, query: str, reason: str) -> None:
-    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
-    with open_run(path) as store, pytest.raises(MoevizError) as refusal:
+def test_sql_that_does_more_than_read_the_tables_is_refused(template: Path, query: str, reason: str) -> None:
+    before = {file: file.stat().st_mtime_ns for file in template.rglob("*")}
+    with open_run(template) as store, pytest.raises(MoevizError) as refusal:
         store.sql(query)
     assert reason in str(refusal.value)
-    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+    assert {file: file.stat().st_mtime_ns for file in template.rglob("*")} == before
 
 
 def test_the_engine_itself_refuses_other_files_when_the_first_wall_is_passed(
@@ -294,25 +294,25 @@ def test_the_engine_itself_refuses_other_files_when_the_first_wall_is_passed(
         "VALUES (1), (2)",
     ],
 )
-def test_sql_that_reads_is_answered(path: Path, query: str) -> None:
-    with open_run(path) as store:
+def test_sql_that_reads_is_answered(template: Path, query: str) -> None:
+    with open_run(template) as store:
         assert not store.sql(query).empty
 
 
-def test_parameters_are_bound_and_not_spliced(path: Path) -> None:
-    with open_run(path) as store:
+def test_parameters_are_bound_and_not_spliced(template: Path) -> None:
+    with open_run(template) as store:
         rows = store.sql("SELECT count(*) AS n FROM scalars WHERE name = ?", ["loss' OR '1' = '1"])
         assert rows["n"].iloc[0] == 0
         rows = store.sql("SELECT count(*) AS n FROM scalars WHERE name = $name", {"name": "loss"})
         assert rows["n"].iloc[0] == 10
 
 
-def test_reading_changes_nothing_on_disk(path: Path) -> None:
-    before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in path.rglob("*")}
-    with open_run(path) as store:
+def test_reading_changes_nothing_on_disk(template: Path) -> None:
+    before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in template.rglob("*")}
+    with open_run(template) as store:
         for table in [*TABLES, "decisions", "vocab"]:
             store.sql(f"SELECT count(*) FROM {table}")
-    assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in path.rglob("*")} == before
+    assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in template.rglob("*")} == before
 
 
 def test_open_run_takes_a_run_a_folder_of_runs_and_a_database(tmp_path: Path) -> None:
@@ -377,10 +377,10 @@ def test_events_before_the_first_step_are_kept(path: Path) -> None:
         assert store.sql("SELECT step FROM events")["step"].tolist() == [-1]
 
 
-def test_threads_take_turns(path: Path) -> None:
+def test_threads_take_turns(template: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    with open_run(path) as store, ThreadPoolExecutor(8) as pool:
+    with open_run(template) as store, ThreadPoolExecutor(8) as pool:
         answers = list(
             pool.map(lambda step: load_matrix(store, step)["count"].sum(), [n % 10 for n in range(64)])
         )
