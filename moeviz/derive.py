@@ -19,7 +19,16 @@ import numpy as np
 from moeviz.alerts import AlertConfig, RouterDetector, RunPlan, ScalarDetector
 from moeviz.alerts.scalars import WATCHED
 from moeviz.metrics import layer_shapes, live_metrics, load
-from moeviz.records import AlertRecord, LoadRecord, MetricRecord, ModelInfo, Record, ScalarRecord, Sink
+from moeviz.records import (
+    AlertRecord,
+    LoadRecord,
+    MetricRecord,
+    ModelInfo,
+    Record,
+    ScalarRecord,
+    Severity,
+    Sink,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +75,8 @@ class DeriveSink:
             plan: what the alert rules should know about the run (planned steps, warm-up, clipping, capacity).
             config: thresholds of the alert rules.
             global_window: records over which `maxvio_global` accumulates counts.
-            on_alert: called with every transition of an alert, for example to print it in the training
-                terminal.
+            on_alert: called when an alert is raised, becomes graver or is cleared, for example to print it in
+                the training terminal. What it raises is logged and goes no further.
         """
         self._inner, self._on_alert = inner, on_alert
         self._shapes = layer_shapes(info)
@@ -76,6 +85,7 @@ class DeriveSink:
         self._global_window = global_window
         self._accumulated = AccumulatedLoad(global_window)
         self._last_step: dict[type, int] = {}
+        self._announced: dict[str, Severity] = {}
         self.failures = 0
         """Records that nothing could be derived from, because the derivation raised."""
 
@@ -89,6 +99,8 @@ class DeriveSink:
         self._inner.write(record)
         for derived in self._derive(record):
             self._inner.write(derived)
+            if isinstance(derived, AlertRecord):
+                self._announce(derived)
 
     def flush(self) -> None:
         self._inner.flush()
@@ -106,28 +118,24 @@ class DeriveSink:
             open_alerts: latest states of the episodes that were open then.
         """
         for record in records:
-            self._derive(record, silent=True)
+            self._derive(record)
         alerts = tuple(open_alerts)
         self._routers.restore(alerts)
         self._scalars.restore(alerts)
+        self._announced = {alert.episode: alert.severity for alert in self.open_alerts}
 
-    def _derive(self, record: Record, *, silent: bool = False) -> list[Record]:
+    def _derive(self, record: Record) -> list[Record]:
         try:
             if isinstance(record, LoadRecord):
-                derived = self._from_loads(record)
-            elif isinstance(record, ScalarRecord):
-                derived = [*self._rewound(record, self._scalars), *self._scalars.observe(record)]
-            else:
-                return []
-            if not silent:
-                self._announce(derived)
-            return derived
+                return self._from_loads(record)
+            if isinstance(record, ScalarRecord):
+                return [*self._rewound(record, self._scalars), *self._scalars.observe(record)]
         except Exception:
             self.failures += 1
             if self.failures == 1:
                 kind, step = type(record).__name__, getattr(record, "step", -1)
                 _log.exception("no metrics or alerts derived from the %s of step %d", kind, step)
-            return []
+        return []
 
     def _from_loads(self, record: LoadRecord) -> list[Record]:
         if record.tokens <= 0:
@@ -155,11 +163,19 @@ class DeriveSink:
             self._accumulated = AccumulatedLoad(self._global_window)
         return detector.rewind(record.step, last)
 
-    def _announce(self, derived: list[Record]) -> None:
+    def _announce(self, alert: AlertRecord) -> None:
+        """Tell the listener what a person wants to hear once: raised, graver, cleared; not every worse peak."""
+        known = self._announced.get(alert.episode)
+        self._announced[alert.episode] = alert.severity
+        if alert.cleared_step is not None:
+            del self._announced[alert.episode]
+        elif known == alert.severity:
+            return
         if self._on_alert is not None:
-            for record in derived:
-                if isinstance(record, AlertRecord):
-                    self._on_alert(record)
+            try:
+                self._on_alert(alert)
+            except Exception:
+                _log.exception("the listener for alerts failed on %s", alert.episode)
 
 
 class _Detector(Protocol):

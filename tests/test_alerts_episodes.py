@@ -121,7 +121,7 @@ def test_rules_are_complete_and_their_words_use_known_facts() -> None:
         "busiest_coverage",
         "others",
         "expected_drop",
-        "bias_step",
+        "swing_cause",
         "bias_lead",
         "rounding",
         "progress",

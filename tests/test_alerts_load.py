@@ -160,14 +160,18 @@ def test_swinging_loads_raise_oscillation_and_nothing_graver() -> None:
     assert {alert.rule for alert in alerts if alert.severity != "info"} == {"BIAS_OSCILLATION"}
 
 
-def loss_free_run(bias_step: float, steps: int, tokens: int = 1024) -> list[AlertRecord]:
-    """Sigmoid scores of random tokens, top-k of score + bias, and the sign rule b += u sign(mean c - c)."""
+def loss_free_run(bias_step: float, steps: int, tokens: int = 1024, habit: float = 0.0) -> list[AlertRecord]:
+    """Sigmoid scores of random tokens, top-k of score + bias, and the sign rule b += u sign(mean c - c).
+
+    `habit`: spread of what the 64 tokens of a sequence have in common.
+    """
     rng = np.random.default_rng(3)
     detector = RouterDetector(model(1, E, K, score="sigmoid", has_bias=True))
     lean_E, bias_E = rng.normal(size=E) * 0.3, np.zeros(E)
     alerts: list[AlertRecord] = []
     for step in range(steps):
-        scores_TE = 1 / (1 + np.exp(-(rng.normal(size=(tokens, E)) + lean_E)))
+        common_TE = np.repeat(rng.normal(size=(tokens // 64, E)) * habit, 64, axis=0)
+        scores_TE = 1 / (1 + np.exp(-(rng.normal(size=(tokens, E)) + lean_E + common_TE)))
         chosen_TK = np.argpartition(-(scores_TE + bias_E), K, axis=1)[:, :K]
         counts_E = np.bincount(chosen_TK.ravel(), minlength=E)
         bias_E = bias_E + bias_step * np.sign(counts_E.mean() - counts_E)
@@ -180,9 +184,11 @@ def loss_free_run(bias_step: float, steps: int, tokens: int = 1024) -> list[Aler
 def test_a_bias_step_that_is_too_large_oscillates_and_a_proper_one_does_not() -> None:
     assert loss_free_run(1e-3, 500) == []
     assert loss_free_run(1e-3, 200, tokens=65_536) == []
-    alerts = loss_free_run(0.1, 120)
-    assert {alert.rule for alert in alerts} == {"BIAS_OSCILLATION"}
-    assert "u = 0.1" in alerts[0].message
+    assert loss_free_run(1e-2, 300, habit=0.7) == []
+    for habit in (0.0, 0.7):
+        alerts = loss_free_run(0.1, 120, habit=habit)
+        assert {alert.rule for alert in alerts} == {"BIAS_OSCILLATION"}
+        assert "u = 0.1" in alerts[0].message
 
 
 def drifting(steps: int, num_experts: int = E, top_k: int = K) -> Iterator[np.ndarray]:

@@ -67,11 +67,13 @@ class AlertConfig:
     """CUSUM of the entropy gap in robust standard deviations: alarm line, allowance, largest single step."""
     drift_util_drop: float = 0.05
     """LOAD_DRIFT also needs the utilisation to have fallen this far below its baseline."""
-    swing_autocorr: float = -0.4
+    swing_autocorr: float = -0.35
     swing_clear_autocorr: float = -0.2
     swing_amplitude: float = 2.0
     swing_clear_amplitude: float = 1.5
     """BIAS_OSCILLATION: lag-1 autocorrelation of the loads, and swing in sampling standard deviations ..."""
+    swing_design_effect: float = 25.0
+    """... of which the design effect explains at most this: real batches show 6 to 26, an oscillation hundreds ..."""
     swing_floor: float = 0.1
     """... but at least this share of an even load: in large batches a harmless alternation stands out too."""
 
@@ -100,8 +102,9 @@ class AlertConfig:
     spike_window: int = 128
     spike_sd: float = 6.0
     spike_share: float = 0.02
+    spike_grad_share: float = 1.0
     spike_clear_after: int = 5
-    """LOSS_SPIKE: standard deviations above the rolling mean, and share above the rolling median."""
+    """LOSS_SPIKE: standard deviations above the rolling mean, and share above the rolling median (loss, gradients)."""
     diverge_window: int = 50
     diverge_share: float = 0.02
     diverge_se: float = 4.0

@@ -119,6 +119,8 @@ class RouterDetector:
         for rule_id, layer in due:
             if layer is not None and self.episodes.is_open(rule_id, layer):
                 row = self._rows.index((rule_id, 0))
+                if not readings[row].raise_L[layer]:
+                    continue  # between the two lines: nothing new to say
                 records += self.episodes.update(self._finding(readings[row], row, layer, step), step)
         return records
 

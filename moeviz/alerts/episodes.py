@@ -86,12 +86,12 @@ class Episodes:
         return [key for key, last in self._looked.items() if self._records - last >= self._update_every]
 
     def update(self, finding: Finding, step: int) -> list[AlertRecord]:
-        """Report an open episode again if its peak got worse or its experts changed."""
+        """Report an open episode again if its peak got worse or it concerns further experts."""
         key = (finding.rule, finding.layer)
         record = self._open[key]
         self._looked[key] = self._records
         worse = abs(finding.peak - record.peak) > _CHANGE * abs(record.peak)
-        if not worse and set(finding.experts) == set(record.experts):
+        if not worse and set(finding.experts) <= set(record.experts):
             return []
         return [self._keep(key, self._restate(record, finding, step))]
 

@@ -52,11 +52,19 @@ def layer_facts(
         "busiest_coverage": float(mean_E[busiest]) * top_k / num_experts,
         "others": others(experts),
         "expected_drop": float(routers.expected_drop_L[layer]),
-        "bias_step": f" u = {u:.2g}" if known else "",
+        "swing_cause": _swing_cause(u if known else None, np.isfinite(span)),
         "bias_lead": f", {span / u:.0f} updates of u = {u:.2g}" if known and np.isfinite(span) else "",
         "name": "A router sum",
         "where": f" in layer {layer}",
     }
+
+
+def _swing_cause(bias_step: float | None, has_bias: bool) -> str:
+    if bias_step is not None:
+        return f"the bias step u = {bias_step:.2g} is too large for this batch"
+    if has_bias:
+        return "the bias step is too large for this batch"
+    return "balancing over-corrects, or batches alternate between kinds of data"
 
 
 def others(experts: tuple[int, ...]) -> str:

@@ -98,9 +98,9 @@ RULES: tuple[Rule, ...] = (
         title="Loads oscillate",
         severity="warning",
         watches="swing from step to step, × sampling noise",
-        message="Loads in layer {layer} swing from step to step by {value:.1f}× their noise: the bias "
-        "step{bias_step} is too large for this batch.",
-        remedy="Divide u by 3 to 10, or update the bias on the counts of several batches.",
+        message="Loads in layer {layer} swing from step to step by {value:.1f}× their noise: {swing_cause}.",
+        remedy="With a balance bias: divide its step u by 3 to 10, or update it on the counts of several batches. "
+        "Without one: lower the weight of the auxiliary loss, and mix kinds of data within each batch.",
     ),
     Rule(
         id="BIAS_SATURATED",

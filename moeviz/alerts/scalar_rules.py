@@ -88,8 +88,8 @@ class Spike:
     The OLMo-core rule (128 values, 6 sd), and visibly above the median.
     """
 
-    def __init__(self, config: AlertConfig) -> None:
-        self._config = config
+    def __init__(self, config: AlertConfig, share: float) -> None:
+        self._config, self._share = config, share
         self._past = Ring(config.spike_window)
 
     def judge(self, value: float) -> Judgement | None:
@@ -101,7 +101,7 @@ class Spike:
         return Judgement(raises, not raises, float(score), self._config.spike_sd, value) if full else None
 
     def _visible(self, value: float, usual: float) -> bool:
-        return value - usual > self._config.spike_share * abs(usual)
+        return value - usual > self._share * abs(usual)
 
 
 class Divergence:

@@ -62,7 +62,7 @@ class ScalarDetector:
     def restart(self) -> None:
         """Forget the past; open episodes stay open until their clear condition holds."""
         config = self.config
-        self._spikes = {name: Spike(config) for name in (LOSS, GRAD)}
+        self._spikes = {LOSS: Spike(config, config.spike_share), GRAD: Spike(config, config.spike_grad_share)}
         self._divergence = Divergence(config)
         self._explosion = Explosion(config, self.plan.grad_clip)
         self._holds = {

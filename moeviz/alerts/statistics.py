@@ -107,7 +107,8 @@ class LoadStatistics:
         self._square2_L += self._weight(window_L, fresh_L, lag=2) * (square2_L - self._square2_L)
         estimate_L = np.minimum(self._median(self._square_LE), self._square2_L)
         self.design_effect_L = np.where(self.seen_L > 2, np.maximum(estimate_L, 1), 1.0)
-        self.swing_noise_L = np.sqrt(self.design_effect_L * total_L / self.num_experts_L)
+        believed_L = np.minimum(self.design_effect_L, self._config.swing_design_effect)
+        self.swing_noise_L = np.sqrt(believed_L * total_L / self.num_experts_L)
 
     def _variance(self, even_L: np.ndarray) -> np.ndarray:
         """Sampling variance of each load for independent tokens, at its mean but not below the starved line.
