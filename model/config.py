@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from model.attention_config import (
     AttentionBias,
@@ -21,40 +21,9 @@ from model.attention_config import (
     ReachConfig,
     RopeConfig,
 )
+from model.expert_config import ExpertConfig, RouterConfig
 
-Score = Literal["softmax", "sigmoid", "softmax_topk"]
-GroupScore = Literal["max", "top2_sum"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """How a token chooses its experts."""
-
-    score: Score = "softmax"
-    """Scores from logits: softmax over all experts, a sigmoid for each, or softmax over the chosen K only."""
-    norm_topk: bool = True
-    """Divide the K gate weights by their sum (softmax_topk does so by construction)."""
-    scale: float = 1.0
-    """Factor on the gate weights after normalising (DeepSeek's routed scaling factor)."""
-    num_groups: int = 1
-    """Split the experts into this many equal groups; a token picks groups first. 1: no groups."""
-    top_groups: int = 1
-    """Groups from which a token may choose its experts."""
-    group_score: GroupScore = "top2_sum"
-    """What ranks a group: its best expert (DeepSeek-V2) or the sum of its best two (DeepSeek-V3)."""
-    selection_bias: bool = False
-    """A bias per expert that steers selection, not gate weights: balance without an auxiliary loss."""
-
-    def __post_init__(self) -> None:
-        if self.scale <= 0:
-            raise ValueError(f"router.scale={self.scale} is not positive; 1.0 leaves the gate weights alone")
-        if self.num_groups < 1:
-            raise ValueError(f"router.num_groups={self.num_groups} is below 1; 1 means no groups")
-        if not 1 <= self.top_groups <= self.num_groups:
-            raise ValueError(
-                f"router.top_groups={self.top_groups} is not between 1 and num_groups={self.num_groups}; "
-                "lower top_groups or add groups"
-            )
+__all__ = ["ModelConfig", "RouterConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +68,10 @@ class ModelConfig:
     """Use the token embedding as the output matrix too."""
     first_dense_layers: int = 0
     """Leading blocks with an ordinary feed-forward layer instead of experts."""
+    moe_every: int = 1
+    """Of the blocks behind those, every n-th has experts, counted from the first block: 2 alternates."""
+    dense_layers: tuple[int, ...] = ()
+    """Further blocks (0-based) without experts."""
     dense_ffn_dim: int | None = None
     """Hidden width of those feed-forward layers. None: as wide as the experts one token uses together."""
     num_experts: int = 8
@@ -113,6 +86,8 @@ class ModelConfig:
     """Hidden width of one shared expert. None: expert_dim."""
     router: RouterConfig = field(default_factory=RouterConfig)
     """How tokens choose experts."""
+    experts: ExpertConfig = field(default_factory=ExpertConfig)
+    """What an expert computes."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
 
@@ -132,6 +107,7 @@ class ModelConfig:
             "num_experts",
             "top_k",
             "expert_dim",
+            "moe_every",
         ]
         names += ["num_kv_heads", "head_dim", "dense_ffn_dim", "shared_expert_dim"]
         names += ["rope_base", "norm_eps", "init_std"]
@@ -145,6 +121,17 @@ class ModelConfig:
             raise ValueError(
                 f"first_dense_layers={self.first_dense_layers} is not between 0 and "
                 f"num_layers={self.num_layers}; lower it or add layers"
+            )
+
+        for layer in self.dense_layers:
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(
+                    f"dense_layers={self.dense_layers} names block {layer}, but num_layers={self.num_layers}; "
+                    "blocks count from 0"
+                )
+        if self.experts.shared_expert_gate and not self.num_shared_experts:
+            raise ValueError(
+                "shared_expert_gate=True has nothing to weigh; give num_shared_experts=1 or leave it out"
             )
 
     def _check_attention(self) -> None:
@@ -237,7 +224,7 @@ class ModelConfig:
     @property
     def num_moe_layers(self) -> int:
         """Blocks with experts, L."""
-        return self.num_layers - self.first_dense_layers
+        return sum(self.is_moe(layer) for layer in range(self.num_layers))
 
     @property
     def shared_dim(self) -> int:
@@ -251,7 +238,8 @@ class ModelConfig:
 
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` (0-based) has experts."""
-        return layer >= self.first_dense_layers
+        patterned = layer >= self.first_dense_layers and (layer + 1) % self.moe_every == 0
+        return patterned and layer not in self.dense_layers
 
     def num_parameters(self) -> int:
         """Every trained number; a tied output matrix counts once, the selection bias not at all."""
@@ -264,10 +252,14 @@ class ModelConfig:
     def _parameters_with(self, experts: int) -> int:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         block = self._attention_parameters() + 2 * self.dim
-        router = self.num_experts * self.dim
-        moe = router + 3 * self.dim * (experts * self.expert_dim + self.shared_dim)
-        dense = 3 * self.dim * self.dense_dim
-        layers = self.num_layers * block + self.num_moe_layers * moe + self.first_dense_layers * dense
+        router = self.num_experts * (self.dim + self.router.router_bias)
+        expert = 3 * self.dim * self.expert_dim
+        if self.experts.expert_bias:
+            expert += 2 * self.expert_dim + self.dim
+        shared = 3 * self.dim * self.shared_dim + self.dim * self.experts.shared_expert_gate
+        moe = router + experts * expert + shared
+        dense = (self.num_layers - self.num_moe_layers) * 3 * self.dim * self.dense_dim
+        layers = self.num_layers * block + self.num_moe_layers * moe + dense
         return embeddings + layers + self.dim
 
     def _attention_parameters(self) -> int:
@@ -307,11 +299,14 @@ class ModelConfig:
         for name, kind in _NESTED.items():
             if isinstance(values.get(name), Mapping):
                 values[name] = _build(kind, values[name], f"{name}.")
+        if "dense_layers" in values:
+            values["dense_layers"] = tuple(values["dense_layers"])
         return _build(cls, values, "")
 
 
 _NESTED = {
     "router": RouterConfig,
+    "experts": ExpertConfig,
     "rope": RopeConfig,
     "reach": ReachConfig,
     "mla": MLAConfig,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.expert_config import ExpertConfig
 from model.grouped import grouped_mm
 from model.precision import matmul_dtype
 
@@ -82,24 +83,59 @@ class _ToTokens(torch.autograd.Function):
         return grad_y_ND, grad_weights_N.view_as(weights_TK), None, None
 
 
+def activate(config: ExpertConfig, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """What an expert does between its two products."""
+    if config.expert_activation == "swiglu":
+        return F.silu(gate_NF) * up_NF
+    gate_NF = gate_NF.clamp(max=config.swiglu_limit)
+    up_NF = up_NF.clamp(-config.swiglu_limit, config.swiglu_limit)
+    return gate_NF * torch.sigmoid(config.swiglu_alpha * gate_NF) * (up_NF + 1)
+
+
+def rows_of(values_EX: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
+    """[N, X]: to each row the values of its expert.
+
+    A product with ones and zeros: its backward sums in a fixed order, where that of an index would not on CUDA.
+    """
+    rows_N = torch.arange(num_rows, device=ends_E.device)
+    below_NE = rows_N[:, None] < ends_E
+    first_NE = below_NE.diff(dim=-1, prepend=below_NE.new_zeros(num_rows, 1))
+    return first_NE.to(values_EX.dtype) @ values_EX
+
+
 class GroupedExperts(nn.Module):
     """All experts of a layer; called as Hugging Face's experts are, `experts(x, expert_ids, weights)`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config.experts
         self.num_experts = config.num_experts
         gate_up = torch.empty(config.num_experts, 2 * config.expert_dim, config.dim)
         self.gate_up_proj = nn.Parameter(gate_up)
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.dim, config.expert_dim))
+        biased = config.experts.expert_bias
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(gate_up.shape[:2])) if biased else None
+        self.down_proj_bias = nn.Parameter(torch.zeros(self.down_proj.shape[:2])) if biased else None
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The weighted sum of every token's experts, [T, D]."""
         order_N, inverse_N, ends_E = dispatch(expert_ids_TK, self.num_experts)
         dtype = matmul_dtype(x_TD)
         x_ND = _ToExperts.apply(x_TD.to(dtype), order_N, inverse_N)
-        gate_NF, up_NF = grouped_mm(x_ND, self.gate_up_proj.to(dtype), ends_E).chunk(2, dim=-1)
-        y_ND = grouped_mm(F.silu(gate_NF) * up_NF, self.down_proj.to(dtype), ends_E)
+        y_ND = self._run(x_ND, ends_E)
         return _ToTokens.apply(y_ND, weights_TK.to(dtype), order_N, inverse_N)
+
+    def _run(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
+        """Each block of rows through its expert."""
+        dtype = x_ND.dtype
+        gate_up = grouped_mm(x_ND, self.gate_up_proj.to(dtype), ends_E)
+        if self.gate_up_proj_bias is not None:
+            gate_up = gate_up + rows_of(self.gate_up_proj_bias.to(dtype), ends_E, len(x_ND))
+        gate_NF, up_NF = gate_up.chunk(2, dim=-1)
+        y_ND = grouped_mm(activate(self.config, gate_NF, up_NF), self.down_proj.to(dtype), ends_E)
+        if self.down_proj_bias is not None:
+            y_ND = y_ND + rows_of(self.down_proj_bias.to(dtype), ends_E, len(x_ND))
+        return y_ND
 
     def extra_repr(self) -> str:
         experts, width, hidden = self.down_proj.shape

@@ -169,7 +169,7 @@ class MoELanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            elif name.endswith(".bias"):
+            elif name.endswith("bias"):
                 parameter.zero_()
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj", "down_proj.weight"))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.config import RouterConfig
+from model.expert_config import RouterConfig
 from model.experts import count_experts
 from model.router import Routing
 

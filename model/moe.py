@@ -29,11 +29,16 @@ class SparseMoE(nn.Module):
         self.gate = TopKRouter(config)
         self.experts = GroupedExperts(config)
         self.shared_experts = FeedForward(config.dim, config.shared_dim) if config.shared_dim else None
+        gated = config.experts.shared_expert_gate
+        self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False) if gated else None
 
     def forward(self, x_BSD: Tensor) -> MoEOutput:
         x_TD = x_BSD.flatten(0, 1)
         routing = self.gate(x_TD)
         y_BSD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK).view_as(x_BSD)
         if self.shared_experts is not None:
-            y_BSD = y_BSD + self.shared_experts(x_BSD)
+            shared_BSD = self.shared_experts(x_BSD)
+            if self.shared_expert_gate is not None:
+                shared_BSD = shared_BSD * self.shared_expert_gate(x_BSD).sigmoid()
+            y_BSD = y_BSD + shared_BSD
         return MoEOutput(y_BSD, routing)

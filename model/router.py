@@ -1,6 +1,6 @@
 """Top-k routing: one router whose few stages cover Mixtral, OLMoE, Qwen, DeepSeek and GLM by configuration.
 
-    logits = x W^T                                 always in float32 or wider
+    logits = x W^T (+ b)                           always in float32 or wider
     scores = softmax(logits) or sigmoid(logits)    (or the logits, normalised over the chosen K afterwards)
     choice = scores + selection bias, restricted to the best groups
     expert_ids = top-k of choice;  weights = scores of the chosen, normalised and scaled
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ModelConfig, RouterConfig
+from model.config import ModelConfig
+from model.expert_config import RouterConfig
 from model.precision import at_least_float32, no_autocast
 
 # A denominator of sigmoid scores may underflow to 0; DeepSeek's value, too small to change any other sum.
@@ -74,6 +75,8 @@ class TopKRouter(nn.Module):
         self.config = config.router
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.dim))
+        learned = config.router.router_bias
+        self.bias = nn.Parameter(torch.zeros(config.num_experts)) if learned else None
         bias_E = torch.zeros(config.num_experts) if config.router.selection_bias else None
         self.register_buffer("e_score_correction_bias", bias_E)
 
@@ -81,7 +84,8 @@ class TopKRouter(nn.Module):
         """`x_TD` may also be [B, S, D]; the routing is flat, T = B * S."""
         x_TD = at_least_float32(x_TD.reshape(-1, x_TD.shape[-1]))
         with no_autocast(x_TD):
-            logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype))
+            bias_E = None if self.bias is None else self.bias.to(x_TD.dtype)
+            logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype), bias_E)
         scores_TE = expert_scores(self.config, logits_TE)
         choice_TE = scores_TE.detach()
         if self.e_score_correction_bias is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from model.config import ModelConfig, RouterConfig
+from model.expert_config import ExpertConfig
 from model.lm import MoELanguageModel
 from model.presets import PRESETS, from_depth
 
@@ -21,7 +22,10 @@ def test_a_config_is_read_without_torch() -> None:
 
 def test_dict_round_trip_survives_json() -> None:
     config = ModelConfig(
-        dim=48, num_heads=4, router=RouterConfig(score="sigmoid", num_groups=4, top_groups=2)
+        dim=48,
+        num_heads=4,
+        dense_layers=(1, 4),
+        router=RouterConfig(score="sigmoid", num_groups=4, top_groups=2),
     )
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -46,6 +50,9 @@ def test_from_dict_names_a_field_it_does_not_know(where: str) -> None:
             "first_dense_layers=7 is not between 0 and num_layers=6",
         ),
         ({"expert_dim": 0}, "expert_dim=0 is not positive"),
+        ({"moe_every": 0}, "moe_every=0 is not positive"),
+        ({"dense_layers": (1, 6)}, "names block 6, but num_layers=6"),
+        ({"experts": ExpertConfig(shared_expert_gate=True)}, "shared_expert_gate=True has nothing to weigh"),
         ({"rope_base": -1.0}, "rope_base=-1.0 is not positive"),
         ({"num_shared_experts": -1}, "num_shared_experts=-1 is negative"),
         ({"router": RouterConfig(num_groups=3)}, "num_experts=8 is not a multiple of router.num_groups=3"),
@@ -83,7 +90,24 @@ SHAPES = [
     {"first_dense_layers": 1, "num_shared_experts": 2, "shared_expert_dim": 5},
     {"first_dense_layers": 3},
     {"router": RouterConfig(selection_bias=True), "first_dense_layers": 1, "dense_ffn_dim": 11},
+    {"router": RouterConfig(router_bias=True), "experts": ExpertConfig(expert_bias=True), "moe_every": 2},
+    {"num_shared_experts": 1, "experts": ExpertConfig(shared_expert_gate=True), "dense_layers": (0, 2)},
 ]
+
+
+@pytest.mark.parametrize(
+    ("values", "moe"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"first_dense_layers": 2}, [2, 3, 4, 5]),
+        ({"moe_every": 2}, [1, 3, 5]),
+        ({"moe_every": 2, "dense_layers": (3,), "first_dense_layers": 1}, [1, 5]),
+    ],
+)
+def test_layers_with_experts(values: dict[str, Any], moe: list[int]) -> None:
+    config = ModelConfig(num_layers=6, **values)
+    assert [layer for layer in range(6) if config.is_moe(layer)] == moe
+    assert config.num_moe_layers == len(moe)
 
 
 @pytest.mark.parametrize("values", SHAPES)

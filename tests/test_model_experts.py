@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.experts import GroupedExperts, count_experts, dispatch
+from model.expert_config import ExpertConfig
+from model.experts import GroupedExperts, count_experts, dispatch, rows_of
 
 CASES = {
     "E4 K2": (4, 2),
@@ -19,8 +20,20 @@ CASES = {
 }
 
 
-def _experts(num_experts: int, top_k: int, dtype: torch.dtype = torch.float64) -> GroupedExperts:
-    config = ModelConfig(dim=8, num_heads=4, num_experts=num_experts, top_k=top_k, expert_dim=6)
+CLAMPED = ExpertConfig(expert_activation="clamped", expert_bias=True, swiglu_limit=0.5)
+
+
+def _experts(
+    num_experts: int, top_k: int, dtype: torch.dtype = torch.float64, kind: ExpertConfig | None = None
+) -> GroupedExperts:
+    config = ModelConfig(
+        dim=8,
+        num_heads=4,
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_dim=6,
+        experts=kind or ExpertConfig(),
+    )
     experts = GroupedExperts(config).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
@@ -39,15 +52,26 @@ def _textbook(experts: GroupedExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK:
     for x_D, ids_K, weights_K in zip(x_TD, ids_TK.tolist(), weights_TK, strict=True):
         total = torch.zeros_like(x_D)
         for expert, weight in zip(ids_K, weights_K, strict=True):
-            gate_F, up_F = (experts.gate_up_proj[expert] @ x_D).chunk(2)
-            total = total + weight * (experts.down_proj[expert] @ (F.silu(gate_F) * up_F))
+            hidden = experts.gate_up_proj[expert] @ x_D
+            if experts.gate_up_proj_bias is not None:
+                hidden = hidden + experts.gate_up_proj_bias[expert]
+            gate_F, up_F = hidden.chunk(2)
+            if experts.config == CLAMPED:
+                gate_F, up_F = gate_F.clamp(max=0.5), up_F.clamp(-0.5, 0.5)
+                inner_F = gate_F * torch.sigmoid(1.702 * gate_F) * (up_F + 1)
+            else:
+                inner_F = F.silu(gate_F) * up_F
+            y_D = experts.down_proj[expert] @ inner_F
+            if experts.down_proj_bias is not None:
+                y_D = y_D + experts.down_proj_bias[expert]
+            total = total + weight * y_D
         rows.append(total)
     return torch.stack(rows)
 
 
 def _compare(experts: GroupedExperts, ids_TK: Tensor, weights_TK: Tensor) -> None:
     x_TD = torch.randn(len(ids_TK), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    leaves = [x_TD.requires_grad_(), weights_TK.requires_grad_(), experts.gate_up_proj, experts.down_proj]
+    leaves = [x_TD.requires_grad_(), weights_TK.requires_grad_(), *experts.parameters()]
     actual, expected = experts(x_TD, ids_TK, weights_TK), _textbook(experts, x_TD, ids_TK, weights_TK)
     torch.testing.assert_close(actual, expected)
     upstream = torch.sin(torch.arange(actual.numel(), dtype=torch.float64)).view_as(actual)
@@ -59,10 +83,21 @@ def _compare(experts: GroupedExperts, ids_TK: Tensor, weights_TK: Tensor) -> Non
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "kind", [ExpertConfig(), ExpertConfig(expert_bias=True), CLAMPED], ids=["swiglu", "bias", "clamped"]
+)
 @pytest.mark.parametrize("case", CASES)
-def test_experts_equal_the_textbook_sum(case: str) -> None:
+def test_experts_equal_the_textbook_sum(case: str, kind: ExpertConfig) -> None:
     num_experts, top_k = CASES[case]
-    _compare(_experts(num_experts, top_k), *_routing(7, num_experts, top_k))
+    _compare(_experts(num_experts, top_k, kind=kind), *_routing(7, num_experts, top_k))
+
+
+@pytest.mark.parametrize("ends", [[2, 2, 5], [0, 0, 4], [3, 3, 3], [1, 2, 3]], ids=str)
+def test_each_row_gets_the_values_of_its_expert(ends: list[int]) -> None:
+    values_EX = torch.arange(6.0).view(3, 2)
+    rows_NX = rows_of(values_EX, torch.tensor(ends, dtype=torch.int32), ends[-1])
+    expected = [next(e for e, end in enumerate(ends) if row < end) for row in range(ends[-1])]
+    assert torch.equal(rows_NX, values_EX[expected])
 
 
 def test_one_expert_may_get_every_token_and_others_none() -> None:
