@@ -13,8 +13,10 @@ writes its router the same way:
         num_experts: int; top_k: int
         def forward(self, x) -> Routing: ...
 
-An attention core is a module called as core(q, k, v, valid) with attributes `softmax_scale` and
-`num_kv_groups`, and optionally `causal`, `window`, `softcap` and `sinks`.
+An attention core is a module called as core(q, k, v, mask, sinks_H=...) with attributes `softmax_scale` and
+`num_kv_groups`, and optionally `causal`, `window`, `softcap` and `sinks`. A mask [B, C] marks padding keys; one
+of [B or 1, H or 1, S, C] says everything. A core with rules of its own has a method
+`visible_keys(num_queries, num_keys, mask, device)` that makes the latter of whatever it is called with.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import functools
 import typing
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from moeviz.capture.reading import AttentionCall, CoreSite, Handle, Observe, Reading, RouterSite
 from moeviz.records import ScoreFunction
@@ -119,15 +121,11 @@ def _attach(module: nn.Module, observe: Observe) -> Handle:
 
 
 def _call(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
-    sinks = getattr(core, "sinks", None)
-    rest = [value for value in (*args[3:], *kwargs.values()) if isinstance(value, Tensor)]
-    return AttentionCall(
-        q_BHSD=args[0],
-        k_BGCD=args[1],
-        scale=core.softmax_scale,
-        mask=rest[0] if rest else None,
-        causal=getattr(core, "causal", True),
-        window=getattr(core, "window", None),
-        softcap=getattr(core, "softcap", None),
-        sinks_H=sinks if isinstance(sinks, Tensor) else None,
-    )
+    q_BHSD, k_BGCD = args[:2]
+    mask = args[3] if len(args) > 3 else kwargs.get("mask")
+    sinks_H = kwargs.get("sinks_H")
+    call = AttentionCall(q_BHSD, k_BGCD, core.softmax_scale, mask, sinks_H=sinks_H)
+    if not hasattr(core, "visible_keys"):
+        return call._replace(causal=getattr(core, "causal", True), window=getattr(core, "window", None))
+    visible = core.visible_keys(q_BHSD.shape[2], k_BGCD.shape[2], mask, q_BHSD.device)
+    return call._replace(mask=visible, causal=False)
