@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 _PATTERN = re.compile(
@@ -44,11 +45,16 @@ class SegmentName(NamedTuple):
             f"-s{self.first_step}.{self.last_step}-l{self.level}-{self.active_ms}.parquet"
         )
 
-    @classmethod
-    def parse(cls, name: str) -> SegmentName | None:
+    @staticmethod
+    def parse(name: str) -> SegmentName | None:
         """None for anything that is not a segment: temporary files, notes of other programs."""
-        match = _PATTERN.fullmatch(name)
-        return cls(*map(int, match.groups())) if match else None
+        return _parse(name)
+
+
+@lru_cache(maxsize=1 << 16)  # a folder of 10,000 files is listed again every second
+def _parse(name: str) -> SegmentName | None:
+    match = _PATTERN.fullmatch(name)
+    return SegmentName(*map(int, match.groups())) if match else None
 
 
 class Covered(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 from moeviz.live import RunState, Series, Snapshot
 from moeviz.records import AlertRecord
 from moeviz.store.load_ring import LoadRing
-from moeviz.store.queries_loads import last_step, load_history
+from moeviz.store.queries_loads import clock_table, last_step, load_history
 from moeviz.store.queries_runs import has_ended, run_state, step_rhythm
 from moeviz.store.queries_series import alert_records, dropped_samples, scalars
 from moeviz.store.reader import Store, open_run
@@ -59,7 +59,7 @@ class RunFeed:
         self._interval = 0.0
         self._alerts: tuple[AlertRecord, ...] = ()
         self._scalars: dict[str, Series] = {}
-        self._revisions: tuple[int, ...] | None = None
+        self._revisions: dict[str, int] = {}
         self._forget()
 
     @property
@@ -82,12 +82,13 @@ class RunFeed:
 
     def poll(self) -> Snapshot:
         """Look at the run once, publish what is there, and return it. The thread calls it, and `--once`."""
-        revisions = tuple(self._store.revision(table) for table in _TABLES)
+        revisions = {table: self._store.revision(table) for table in _TABLES}
         if self._store.info.attempt != self._attempt:
             self._forget()
         previous = self._latest
-        if previous is None or revisions != self._revisions:
-            self._read()
+        changed = {table for table in _TABLES if revisions[table] != self._revisions.get(table)}
+        if previous is None or changed:
+            self._read(changed)
             snapshot = self._snapshot(0 if previous is None else previous.revision + 1)
             self._revisions = revisions
         else:
@@ -112,19 +113,31 @@ class RunFeed:
         """Start afresh: at first, and when a resumed run goes on from an earlier step."""
         self._attempt = self._store.info.attempt
         self._ring = LoadRing(self._store.info.model, self._history)
-        self._revisions, self._scalars = None, {}
+        self._revisions, self._scalars, self._step = {}, {}, -1
 
-    def _read(self) -> None:
+    def _read(self, changed: set[str]) -> None:
+        """Ask only the tables that changed, and those that grow with every step only for what is new."""
+        if clock_table(self._store) in changed:
+            self._read_steps()
+        if "scalars" in changed:
+            self._scalars = self._newer_scalars()
+        if "alerts" in changed:
+            self._alerts = alert_records(self._store)
+        if "events" in changed:
+            self._dropped = dropped_samples(self._store)
+            self._ended = has_ended(self._store)
+
+    def _read_steps(self) -> None:
         newest = last_step(self._store)
-        if newest is not None and newest > self._ring.step and self._store.info.model.layers:
+        if newest is None or newest == self._step:
+            return
+        if self._store.info.model.layers:
             first = max(self._ring.step + 1, newest - self._history + 1)
             self._ring.extend(load_history(self._store, first, newest))
-        self._scalars = self._newer_scalars()
-        self._alerts = alert_records(self._store)
-        self._dropped = dropped_samples(self._store)
-        self._ended = has_ended(self._store)
-        self._newest_ts, self._interval = step_rhythm(self._store)
-        self._step = -1 if newest is None else newest
+            self._newest_ts, self._interval = float(self._ring.times_T[-1]), self._ring.interval
+        else:
+            self._newest_ts, self._interval = step_rhythm(self._store)
+        self._step = newest
 
     def _newer_scalars(self) -> dict[str, Series]:
         """Every scalar over the whole run: `history` bucket means, then newer points up to twice that."""

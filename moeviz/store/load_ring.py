@@ -27,6 +27,7 @@ class LoadRing:
         shape = (len(self._experts_L), info.max_experts)
         self._own_LE = expert_mask(self._experts_L, shape[1])
         self.steps_T = np.zeros(0, dtype=np.int64)
+        self.times_T = np.zeros(0)
         self.load_entropy_TL = np.zeros((0, shape[0]), dtype=np.float32)
         self.route_entropy_TL = np.zeros((0, shape[0]), dtype=np.float32)
         self.max_load_TL = np.zeros((0, shape[0]), dtype=np.float32)
@@ -40,6 +41,11 @@ class LoadRing:
     def step(self) -> int:
         """Newest step, -1 before the first."""
         return int(self.steps_T[-1]) if len(self.steps_T) else -1
+
+    @property
+    def interval(self) -> float:
+        """Median seconds between the kept steps; 0 with fewer than two."""
+        return float(np.median(np.diff(self.times_T))) if len(self.times_T) > 1 else 0.0
 
     def extend(self, rows: pd.DataFrame) -> None:
         """Append newer steps.
@@ -63,6 +69,7 @@ class LoadRing:
         with np.errstate(divide="ignore", invalid="ignore"):
             route_entropy_TL = entropy_TL / np.log(self._experts_L)
         self._keep("steps_T", steps_T)
+        self._keep("times_T", rows.groupby(at_T)["ts"].max().to_numpy())
         self._keep("load_entropy_TL", load_entropy(share_TLE, self._experts_L))
         self._keep("route_entropy_TL", route_entropy_TL)
         self._keep("max_load_TL", load_imbalance(share_TLE, self._experts_L))
