@@ -127,7 +127,7 @@ def test_masters_keep_updates_that_bf16_would_lose() -> None:
         for _ in range(8):
             master += 2.0**-10
             masters.publish()
-    assert float(weight[0, 0]) == 1.0 + 2.0**-7, (
+    assert weight[0, 0].item() == 1.0 + 2.0**-7, (
         "eight updates below bf16's resolution of 1/128 arrive together"
     )
 

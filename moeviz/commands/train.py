@@ -146,7 +146,7 @@ def _value(argv: list[str], flag: str) -> str | None:
 def summary(result: TrainResult, log_routing: bool) -> str:
     """What happened and what to do next, for people."""
     lines = []
-    if result.evaluations:
+    if len(result.evaluations) > 1:
         lines += _table(result)
     state = "interrupted" if result.interrupted else "done"
     lines.append(f"{state}: {result.steps_done} steps in {result.run} ({result.seconds:.0f} s)")
