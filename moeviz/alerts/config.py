@@ -72,8 +72,8 @@ class AlertConfig:
     swing_amplitude: float = 2.0
     swing_clear_amplitude: float = 1.5
     """BIAS_OSCILLATION: lag-1 autocorrelation of the loads, and swing in sampling standard deviations ..."""
-    swing_design_effect: float = 25.0
-    """... of which the design effect explains at most this: real batches show 6 to 26, an oscillation hundreds ..."""
+    swing_design_effect: float = 10.0
+    """... that a design effect of at most this explains, because an oscillation inflates it to hundreds ..."""
     swing_floor: float = 0.1
     """... but at least this share of an even load: in large batches a harmless alternation stands out too."""
 
