@@ -77,7 +77,7 @@ def cover(names: Iterable[str], now: float) -> list[Covered]:
     parsed.sort(
         key=lambda n: (n.rank, n.attempt, n.first_flush, n in waiting, -n.last_flush, -n.level, n.active_ms)
     )
-    starts = {name.attempt: name.from_step for name in parsed}
+    cuts = _cuts({name.attempt: name.from_step for name in parsed})
     chosen: list[Covered] = []
     writer, covered_to = (-1, -1), -1
     for name in parsed:
@@ -86,12 +86,22 @@ def cover(names: Iterable[str], now: float) -> list[Covered]:
         if name.first_flush <= covered_to:
             continue
         covered_to = name.last_flush
-        cut = min((start for attempt, start in starts.items() if attempt > name.attempt), default=None)
+        cut = cuts[name.attempt]
         if cut is None or name.last_step < cut:
             chosen.append(Covered(name, None))
         elif name.first_step < cut:
             chosen.append(Covered(name, cut))
     return chosen
+
+
+def _cuts(starts: dict[int, int]) -> dict[int, int | None]:
+    """First step of each attempt -> the step from which its rows are superseded by a later one."""
+    cuts: dict[int, int | None] = {}
+    earliest: int | None = None
+    for attempt in sorted(starts, reverse=True):
+        cuts[attempt] = earliest
+        earliest = starts[attempt] if earliest is None else min(earliest, starts[attempt])
+    return cuts
 
 
 def holes(names: Iterable[str]) -> list[tuple[int, int, int, int]]:

@@ -82,7 +82,7 @@ class RunFeed:
 
     def poll(self) -> Snapshot:
         """Look at the run once, publish what is there, and return it. The thread calls it, and `--once`."""
-        revisions = {table: self._store.revision(table) for table in _TABLES}
+        revisions = self._store.revisions()
         if self._store.info.attempt != self._attempt:
             self._forget()
         previous = self._latest

@@ -152,11 +152,11 @@ class Store:
             self._refresh(anew=True)
             return [] if self.info.packed else self._listings[table].readable
 
-    def revision(self, table: str) -> int:
-        """A number that changes whenever the files of `table` do."""
+    def revisions(self) -> dict[str, int]:
+        """A number for each table that changes whenever its files do."""
         with self._lock:
             self._refresh()
-            return -1 if self.info.packed else self._listings[table].revision
+            return {table: -1 if self.info.packed else self._listings[table].revision for table in TABLES}
 
     # The machinery.
 
