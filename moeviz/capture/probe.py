@@ -351,14 +351,15 @@ class Probe:
 
 def _split(scalars: Mapping[str, float | Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
     """(numbers, tensors on an accelerator): asking the latter for their value now would wait for the device."""
-    on_host, on_device = {}, {}
+    on_host: dict[str, float] = {}
+    on_device: dict[str, Tensor] = {}
     for name, value in scalars.items():
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            on_device[name] = value.detach().float().mean()
-        elif isinstance(value, Tensor):
-            on_host[name] = float(value) if value.numel() == 1 else float(value.float().mean())
-        else:
+        if not isinstance(value, Tensor):
             on_host[name] = float(value)
+        elif value.device.type != "cpu":
+            on_device[name] = value.detach().float().mean()
+        else:
+            on_host[name] = value.item() if value.numel() == 1 else value.detach().float().mean().item()
     return on_host, on_device
 
 

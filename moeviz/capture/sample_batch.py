@@ -34,8 +34,8 @@ class MapPiece(NamedTuple):
     micro_batch: int
     num_seqs: int
     """How many of the piece's sequences it covers, the first ones."""
-    k_longer: int
-    """Keys before the first query (a cache); 0 in training."""
+    num_keys: int | None
+    """Keys of a core that reads something else than the queries' own tokens (a cache, latents); None: the same."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -142,7 +142,7 @@ class SampleBatch:
         for position, piece in enumerate(self.maps):
             for n in range(piece.num_seqs):
                 q_len = len(places[piece.micro_batch][n])
-                k_len = q_len + piece.k_longer
+                k_len = q_len if piece.num_keys is None else piece.num_keys
                 rows, columns = _cells(q_len, self.map_size), _cells(k_len, self.map_size)
                 for j, head in enumerate(piece.heads):
                     yield AttentionRecord(

@@ -82,11 +82,11 @@ class Sampler:
                 self.step.tensors[f"{name}/{micro_batch.index}"] = values.index_select(0, chosen)
 
     def add_maps(
-        self, micro_batch: int, layer: int, heads: Sequence[int], maps: Tensor, k_longer: int
+        self, micro_batch: int, layer: int, heads: Sequence[int], maps: Tensor, num_keys: int | None
     ) -> None:
         """Keep the maps [N, J, P, P] of one core."""
         self.step.tensors[f"maps/{len(self.step.maps)}"] = maps
-        self.step.maps.append(MapPiece(layer, tuple(heads), micro_batch, maps.shape[0], k_longer))
+        self.step.maps.append(MapPiece(layer, tuple(heads), micro_batch, maps.shape[0], num_keys))
 
     def add_loss(self, micro_batch: MicroBatch, loss_BS: Tensor) -> None:
         """Keep the losses of the recorded rows of the last micro-batch; [B, S] or [B, S-1]."""

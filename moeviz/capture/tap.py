@@ -190,8 +190,9 @@ class Tap:
         with torch.no_grad(), torch.autocast(chosen.q_BHSD.device.type, enabled=False):
             valid_NS = None if valid_NS is None else valid_NS.index_select(0, rows_N.to(valid_NS.device))
             maps = block_maps(chosen, valid_NS, self._policy.attention_size)
-        info, k_longer = self._attentions[index], chosen.k_BGCD.shape[2] - chosen.q_BHSD.shape[2]
-        self.sampler.add_maps(self.micro_batch.index, info.layer, chosen.heads, maps, k_longer)
+        layer, num_keys = self._attentions[index].layer, chosen.k_BGCD.shape[2]
+        other = None if num_keys == chosen.q_BHSD.shape[2] else num_keys
+        self.sampler.add_maps(self.micro_batch.index, layer, chosen.heads, maps, other)
 
 
 def _read_call(
