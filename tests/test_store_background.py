@@ -135,7 +135,7 @@ def test_a_failing_sink_never_raises_and_is_named_once(
         sink.write(scalar(step))
         time.sleep(0.0005)
     sink.flush(timeout=5.0)
-    stats = sink.close()
+    stats = sink.close(timeout=0.6)
     assert stats.errors >= 1
     said = [record.getMessage() for record in caplog.records if f"in {on}" in record.getMessage()]
     assert len(said) == 1
@@ -169,6 +169,40 @@ def test_flush_waits_for_what_was_written_before_it() -> None:
     assert not sink.flush(timeout=0.05)
     inner.gate.set()
     sink.close()
+
+
+def test_flush_is_answered_while_records_keep_coming() -> None:
+    inner, stop = Memory(), threading.Event()
+    sink = BackgroundSink(inner, flush_seconds=1e9)
+
+    def train() -> None:
+        step = 0
+        while not stop.is_set():
+            sink.write(scalar(step))
+            step += 1
+            if step % 50 == 0:
+                time.sleep(0.001)
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    time.sleep(0.05)
+    flushed = sink.flush(timeout=10.0)
+    stop.set()
+    trainer.join()
+    sink.close()
+    assert flushed
+    assert "flush" in inner.calls
+
+
+def test_closing_waits_for_room_on_the_disk(tmp_path: Path) -> None:
+    inner = Memory(OSError(errno.ENOSPC, "No space left"), on="close")
+    sink = BackgroundSink(inner)
+    sink.write(scalar(0))
+    room = threading.Timer(0.6, lambda: setattr(inner, "error", None))
+    room.start()
+    stats = sink.close(timeout=20.0)
+    assert inner.calls.count("close") >= 2
+    assert (stats.lost, stats.written) == (0, 1)
 
 
 def test_an_idle_sink_makes_the_last_step_visible_by_itself() -> None:

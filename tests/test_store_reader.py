@@ -386,3 +386,37 @@ def test_threads_take_turns(template: Path) -> None:
         )
         expected = [int(np.sum(load_matrix(store, step)["count"])) for step in range(10)]
     assert answers == [expected[n % 10] for n in range(64)]
+
+
+def test_an_answer_can_be_bounded_in_rows_and_seconds(template: Path) -> None:
+    with open_run(template) as store:
+        for most in (1, 5, 2500, 5000):
+            rows = store.sql("SELECT i FROM range(10_000) t(i)", max_rows=most)
+            assert rows["i"].tolist() == list(range(most))
+        assert store.sql("SELECT 1 AS one WHERE false", max_rows=3).columns.tolist() == ["one"]
+        assert len(store.sql("FROM range(7)", max_rows=100)) == 7
+        with pytest.raises(MoevizError, match=r"more than 0.2 s"):
+            store.sql(
+                "SELECT count(*) FROM range(100_000_000) a, range(1000) b WHERE a.range % 7 = b.range",
+                max_seconds=0.2,
+            )
+        assert store.sql("SELECT 1 AS one", max_seconds=5.0)["one"].tolist() == [1]
+
+
+def test_a_folder_with_too_many_files_says_what_to_do(
+    template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeviz.store.listing._MANY_FILES", 5)
+    with open_run(template) as store:
+        assert any(note.startswith("routing has 11 files") for note in store.notes)
+
+
+def test_a_store_survives_a_change_of_the_working_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_run("run") as store:
+        monkeypatch.chdir("/")
+        write_steps(SegmentWriter(path), range(10, 11))
+        assert last_step(store) == 10
+        assert not store.sql("FROM scalars").empty

@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
         if not sql.strip():
             _print_schema()
             return 0
-        result = store.sql(sql)
+        most = _MOST_ROWS + 1 if arguments.format == "table" else None
+        result = store.sql(sql, max_rows=most)
         for note in store.notes:
             print(f"moeviz query: {note}", file=sys.stderr)
     if arguments.format == "csv":
@@ -72,8 +73,10 @@ def _print_table(result: pd.DataFrame) -> None:
         table.add_row(*(_cell(value) for value in row))
     console = Console()
     console.print(table, markup=False)
-    more = f", the first {_MOST_ROWS} shown; --format csv prints all" if len(result) > _MOST_ROWS else ""
-    console.print(f"{len(result):,} rows{more}", style="dim", markup=False)
+    if len(result) > _MOST_ROWS:
+        console.print(f"the first {_MOST_ROWS} rows; --format csv prints all", style="dim", markup=False)
+    else:
+        console.print(f"{len(result):,} rows", style="dim", markup=False)
 
 
 def _cell(value: object) -> str:

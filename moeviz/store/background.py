@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +31,7 @@ from moeviz.records import (
 
 _log = logging.getLogger("moeviz.store")
 _SAMPLES = (TokenRoutingRecord, SequenceRecord, AttentionRecord)
+_RETRY_SECONDS = 0.25
 _ARRAYS = ("experts_LNSK", "weights_LNSK", "token_ids_NS", "token_loss_NS", "map_QC")
 
 
@@ -81,13 +82,12 @@ class BackgroundSink:
         """
         self._inner = inner
         self._capacity, self._capacity_bytes, self._flush_seconds = capacity, capacity_bytes, flush_seconds
-        self._queue: deque[tuple[Record | Deferred, int]] = deque()
+        self._queue: deque[tuple[Record | Deferred | threading.Event, int]] = deque()
         self._queued_bytes = 0
         self._wake = threading.Condition()
-        self._flush_requests = 0
-        self._flushes_done = 0
         self._closing = False
         self._closed = False
+        self._deadline = float("inf")
         self._written = self._dropped = self._reported = self._errors = self._lost = 0
         self._max_write_seconds = 0.0
         self._at = (0, 0)
@@ -115,33 +115,32 @@ class BackgroundSink:
         self._max_write_seconds = max(self._max_write_seconds, time.perf_counter() - begin)
 
     def flush(self, timeout: float = 30.0) -> bool:
-        """Wait until everything queued so far is visible to readers. False when `timeout` seconds were not
-        enough.
-        """
+        """Wait until everything queued so far is visible to readers. False when that took longer."""
+        done = threading.Event()
         with self._wake:
-            self._flush_requests += 1
-            ticket = self._flush_requests
+            if self._closing:
+                return self._closed
+            self._queue.append((done, 0))
             self._wake.notify()
-            return self._wake.wait_for(
-                lambda: self._flushes_done >= ticket or not self._thread.is_alive(), timeout
-            )
+        return done.wait(timeout)
 
     def close(self, timeout: float = 30.0) -> QueueStats:
-        """Write what is queued, close the inner sink, stop the thread. Closing twice is allowed."""
+        """Write what is queued, close the inner sink, stop the thread. Closing twice is allowed.
+
+        While the disk refuses, closing tries again until `timeout` seconds are over; then it says what is lost.
+        """
         with self._wake:
+            self._deadline = min(self._deadline, time.monotonic() + timeout)
             self._closing = True
             self._wake.notify()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+            self._thread.join(timeout + 1.0)
         with self._wake:
-            if not self._closed:
-                self._closed = True
-                self._lost += len(self._queue)
-                if self._thread.is_alive():
-                    self._say(
-                        "close",
-                        f"writing did not finish within {timeout:g} s; {len(self._queue)} items are lost",
-                    )
+            if not self._closed and self._thread.is_alive():
+                waiting = len(self._queue)
+                self._lost += waiting
+                self._say("close", f"writing did not finish within {timeout:g} s; {waiting} items are lost")
+            self._closed = True
         return self.stats
 
     @property
@@ -155,29 +154,34 @@ class BackgroundSink:
         dirty = False
         while True:
             with self._wake:
-                self._wake.wait_for(self._has_work, max(0.0, due - time.monotonic()) if dirty else None)
-                requests, closing = self._flush_requests, self._closing
-                item = self._queue.popleft() if self._queue else None
-                if item is not None:
-                    self._queued_bytes -= item[1]
-            if item is not None:
-                self._deliver(item[0])
+                pause = max(0.0, due - time.monotonic()) if dirty else None
+                self._wake.wait_for(lambda: self._queue or self._closing, pause)
+                item, size = self._queue.popleft() if self._queue else (None, 0)
+                self._queued_bytes -= size
+                finished = item is None and self._closing
+            if isinstance(item, threading.Event):
+                due = 0.0
+            elif item is not None:
+                self._deliver(item)
                 dirty = True
-            flush_asked = item is None and requests > self._flushes_done
-            if flush_asked or (item is None and closing) or time.monotonic() >= due:
+            if finished:
+                self._finish()
+                return
+            if time.monotonic() >= due:
                 self._report_drops()
                 dirty = not self._attempt("flush", self._inner.flush)
                 due = time.monotonic() + self._flush_seconds
-            if flush_asked:
-                with self._wake:
-                    self._flushes_done = requests
-                    self._wake.notify_all()
-            if closing and item is None:
-                self._attempt("close", self._inner.close)
-                return
+            if isinstance(item, threading.Event):
+                item.set()
 
-    def _has_work(self) -> bool:
-        return bool(self._queue) or self._closing or self._flush_requests > self._flushes_done
+    def _finish(self) -> None:
+        """Close the inner sink, again and again while the disk refuses and there is time."""
+        self._report_drops()
+        while not self._attempt("close", self._inner.close):
+            if time.monotonic() + _RETRY_SECONDS > self._deadline:
+                self._say("lost", "closing the recorder failed: what was not on the disk yet is lost")
+                return
+            time.sleep(_RETRY_SECONDS)
 
     def _deliver(self, item: Record | Deferred) -> None:
         try:
@@ -199,8 +203,7 @@ class BackgroundSink:
             self._lost += 1
             self._fail("write", error)
 
-    def _attempt(self, what: str, call: object) -> bool:
-        assert callable(call)
+    def _attempt(self, what: str, call: Callable[[], None]) -> bool:
         try:
             call()
         except Exception as error:

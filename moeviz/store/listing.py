@@ -16,6 +16,9 @@ _RELIST_SECONDS = 5.0
 _CLOCK_TICK_NS = 50_000_000
 """Folder times move in ticks: a folder that changed this recently may change again without showing it."""
 
+_MANY_FILES = 2000
+"""Files of one table above which reading becomes slow: its sidecar is dead, or was never started."""
+
 _SQL_TYPES = {
     "int32": "INTEGER",
     "uint8": "UTINYINT",
@@ -67,10 +70,10 @@ class Listing:
             name.active_ms / 1000 for text in names if (name := SegmentName.parse(text)) and name.level > 0
         )
         self._activation = min((at for at in pending if at > now), default=float("inf"))
-        self.notes = self._find_faults(names)
         if files != self.files or self.revision == 0:
             self.files = files
             self.revision += 1
+        self.notes = self._find_faults(names)
 
     @property
     def readable(self) -> list[str]:
@@ -131,6 +134,10 @@ class Listing:
         notes = [f"{self.table}/{name} is damaged and skipped" for name in sorted(self._damaged)]
         if not names:
             notes.append(f"{self.table} has no readable files")
+        if len(self.files) > _MANY_FILES:
+            notes.append(
+                f"{self.table} has {len(self.files):,} files; `python -m moeviz.store.compact RUN` merges them"
+            )
         for rank, attempt, first, last in holes(names):
             flushes = f"flush {first}" if first == last else f"flushes {first} to {last}"
             notes.append(f"{self.table}: {flushes} of rank {rank}, attempt {attempt} are missing")

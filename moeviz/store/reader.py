@@ -1,5 +1,4 @@
-"""Reading a run: `open_run(path)` gives a `Store`, which answers SQL over what the run folder holds right
-now.
+"""Reading a run: `open_run(path)` gives a `Store`, which answers SQL over what the folder holds right now.
 
 Works while another process writes, after packing, and on a copied, moved or half-copied folder: what is
 missing or damaged is skipped and named in `Store.notes`. Needs no torch, takes no lock, writes nothing.
@@ -36,6 +35,7 @@ _QUERY_ERRORS = (
     duckdb.DataError,
     duckdb.PermissionException,
     duckdb.OutOfMemoryException,
+    duckdb.InterruptException,
 )
 """Errors of the SQL itself: listing the files again would not help."""
 
@@ -58,7 +58,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         """Open the run folder `path`, or a packed file. `open_run` finds it first."""
-        self.path = path
+        self.path = path.absolute()
         self._lock = threading.RLock()
         self._closed = False
         self._info_stamp: object = None
@@ -76,21 +76,44 @@ class Store:
             self._refresh()
             return [note for listing in self._listings.values() for note in listing.notes]
 
-    def sql(self, query: str, params: Sequence[Any] | dict[str, Any] | None = None) -> pd.DataFrame:
+    def sql(
+        self,
+        query: str,
+        params: Sequence[Any] | dict[str, Any] | None = None,
+        *,
+        max_rows: int | None = None,
+        max_seconds: float | None = None,
+    ) -> pd.DataFrame:
         """Ask anything: one SELECT over the tables of the run (`schema.TABLES`, `decisions`, `vocab`).
 
+        Args:
+            query: the SELECT, with ? or $name where values go.
+            params: the values.
+            max_rows: fetch no more than these; None: all.
+            max_seconds: give up after these; None: never.
+
         Raises:
-            MoevizError: not a single SELECT, a function that reaches for files, or SQL that DuckDB refuses.
+            MoevizError: not a single SELECT, a function that reaches for files, SQL that DuckDB refuses, or a
+                query that took too long.
         """
         with self._lock:
             self._refresh()
             assert self._connection is not None
             check_select(self._connection, query)
             self._create_views()
+            alarm = threading.Timer(max_seconds or 0, self._connection.interrupt)
+            if max_seconds is not None:
+                alarm.start()
             try:
-                return self._retrying(lambda: self._run(query, params).df())
+                return self._retrying(lambda: _fetch(self._run(query, params), max_rows))
+            except duckdb.InterruptException as error:
+                raise MoevizError(
+                    f"the query took more than {max_seconds:g} s; ask for fewer steps"
+                ) from error
             except duckdb.Error as error:
                 raise explain_error(error, ", ".join([*TABLES, "decisions", "vocab"])) from error
+            finally:
+                alarm.cancel()
 
     def close(self) -> None:
         """Release the connection. Closing twice is allowed."""
@@ -136,9 +159,7 @@ class Store:
         return self._listings[table].sql(first, last)
 
     def newest_step(self, table: str) -> int | None:
-        """An upper bound on the steps in `table`, close to the newest one; None when it is empty. Reads no
-        rows.
-        """
+        """An upper bound on the steps in `table`, close to the newest; None when empty. Reads no rows."""
         with self._lock:
             self._refresh()
             if self.info.packed:
@@ -169,9 +190,7 @@ class Store:
         return self._connection.sql(query, params=params) if params else self._connection.sql(query)
 
     def _retrying(self, ask: Callable[[], _T]) -> _T:
-        """Ask; when a file vanished (merged or packed away), list again; when one is damaged, find and skip
-        it.
-        """
+        """Ask; after a file vanished (merged, packed away) list again; a damaged one is found and skipped."""
         for thorough in (False, True):
             try:
                 return ask()
@@ -203,9 +222,7 @@ class Store:
         return (stat.st_mtime_ns, stat.st_ino)
 
     def _open(self) -> None:
-        """(Re)connect: at the start, and when run.json changed because the run was packed, unpacked or
-        resumed.
-        """
+        """(Re)connect: at the start, and when run.json changed (the run was packed, unpacked, resumed)."""
         if self._connection is not None:
             self._connection.close()
         folder = self.path.parent if self.path.is_file() else self.path
@@ -220,6 +237,7 @@ class Store:
             {} if self.info.packed else {table: Listing(folder / table, table) for table in TABLES}
         )
         self._viewed: dict[str, int] = {}
+        self._vocab_view = ""
         connection.execute("SET python_enable_replacements = false")
         connection.execute("SET temp_directory = ''")
         connection.execute(f"SET allowed_directories = ['{quoted(folder.resolve())}', '{quoted(folder)}']")
@@ -235,10 +253,11 @@ class Store:
             if self._viewed.get(table) != revision:
                 execute(f"CREATE OR REPLACE TEMP VIEW {table} AS SELECT * FROM {self.source(table)}")
                 self._viewed[table] = revision
-        if "decisions" not in self._viewed:
+        vocab = self.vocab()
+        if self._vocab_view != vocab:
             execute(f"CREATE OR REPLACE TEMP VIEW decisions AS {DECISIONS_SQL}")
-            execute(f"CREATE OR REPLACE TEMP VIEW vocab AS SELECT * FROM {self.vocab()}")
-            self._viewed["decisions"] = 0
+            execute(f"CREATE OR REPLACE TEMP VIEW vocab AS SELECT * FROM {vocab}")
+            self._vocab_view = vocab
 
     def vocab(self) -> str:
         """SQL that stands for the vocabulary after FROM."""
@@ -249,6 +268,18 @@ class Store:
             return f"read_parquet('{quoted(path)}')"
         names = ", ".join(f"NULL AS {name}" for name in VOCAB_SCHEMA.names)
         return f"(SELECT {names} WHERE false)"
+
+
+def _fetch(answer: duckdb.DuckDBPyConnection, max_rows: int | None) -> pd.DataFrame:
+    """The rows of an answer, or its first `max_rows` without making the others."""
+    if max_rows is None:
+        return answer.df()
+    chunks = [answer.fetch_df_chunk()]
+    rows = len(chunks[0])
+    while rows < max_rows and len(chunks[-1]):
+        chunks.append(answer.fetch_df_chunk())
+        rows += len(chunks[-1])
+    return pd.concat(chunks[:-1] if len(chunks) > 1 and not len(chunks[-1]) else chunks).head(max_rows)
 
 
 def _attach(connection: duckdb.DuckDBPyConnection, path: Path) -> RunInfo:
