@@ -11,10 +11,11 @@ from tui_fakes import FakeArchive, ListFeed, SyntheticRun
 from tui_screen import Stage
 
 from moeviz.errors import CorruptRunError
-from tui.app import LINGER_SECONDS, SILENT_SECONDS
+from tui.app import LINGER_SECONDS
 from tui.archive import Source
 from tui.ink import Ink
 from tui.keymap import TABS
+from tui.observed import SILENT_SECONDS
 from tui.widgets.pane import Pane
 
 

@@ -16,17 +16,17 @@ from typing import Any, ClassVar
 from textual import events
 from textual.app import App, SystemCommand
 from textual.screen import Screen
+from textual.timer import Timer
 
 from moeviz.colors import Theme
 from moeviz.live import Snapshot
 from tui.archive import Archive, Library, Source
-from tui.drawings.status_line import Status
 from tui.errands import Errands
 from tui.ink import Ink
 from tui.keymap import KEYS, TABS, ScreenName
 from tui.notices import Notices
-from tui.playhead import Playhead
-from tui.scene import CHANGE_STEPS, SCALES, Eye, LoadHistory, Reference, Scene
+from tui.observed import ObservedRun
+from tui.scene import SCALES, Eye, LoadHistory
 from tui.screens.alerts import AlertsScreen
 from tui.screens.base import RunScreen, app_bindings
 from tui.screens.flow import FlowScreen
@@ -42,8 +42,6 @@ LINGER_SECONDS = 8.0
 MAX_FPS = 10.0
 FIRST_LOOK_SECONDS = 0.05
 """Between two looks at the feed until it has its first snapshot."""
-SILENT_SECONDS = 30.0
-"""A feed that hands out the same snapshot for this long is late, whatever the snapshot says."""
 
 
 class MoevizApp(App[None]):
@@ -83,19 +81,16 @@ class MoevizApp(App[None]):
             clock: seconds, monotonic.
         """
         super().__init__()
-        self.library, self.run_path = library, run_path
-        self._source: Source | None = None
+        self.library = library
         self.ink = ink or Ink(color=not self.no_color)
-        self.eye = Eye()
-        self.playhead = Playhead()
+        self.observed = ObservedRun(run_path, clock)
         self.errands = Errands(self, self._complain)
+        self.run_screens: list[RunScreen] = []
         self._notices = Notices(self, self._complain)
         self._interval = 1 / min(max(fps, 0.1), MAX_FPS)
+        self._first_looks: Timer | None = None
         self._exit_when_ended = exit_when_ended
         self._clock = clock
-        self._ended_at: float | None = None
-        self._seen_at = clock()
-        self._trouble = ""
         for theme in ("dark", "light"):
             self.register_theme(textual_theme(theme))
         self.theme = f"moeviz-{self.ink.theme}"
@@ -104,10 +99,10 @@ class MoevizApp(App[None]):
         self._notices.attach()
         self.set_class(self.ink.ascii, "-ascii")
         self.set_interval(self._interval, self.tick)
-        self.call_after_refresh(self._open, Path(self.run_path))
+        self.call_after_refresh(self._open, Path(self.observed.run_path))
 
     def on_unmount(self) -> None:
-        self._close_source()
+        self.observed.stop()
         self._notices.detach()
 
     async def on_event(self, event: events.Event) -> None:
@@ -119,196 +114,121 @@ class MoevizApp(App[None]):
 
     def tick(self) -> None:
         """Take the newest snapshot, advance a replay, refresh what is on the screen."""
-        if self._source is None:
-            self.refresh_view()
-            return
-        try:
-            latest, self._trouble = self._source.feed.latest, ""
-        except Exception as error:  # shown in the top line; the next tick asks again
-            latest, self._trouble = None, str(error) or type(error).__name__
-        if latest is not None and latest is not self.playhead.latest:
-            first = self.playhead.latest is None or self.playhead.latest.run_path != latest.run_path
-            self._seen_at = self._clock()
-            self.playhead.offer(latest)
-            if first:
-                self._meet(latest)
-        if self.playhead.latest is None:
-            self.set_timer(FIRST_LOOK_SECONDS, self.tick)
-        self.playhead.tick()
+        self.observed.take()
+        if self._first_looks is not None and self.observed.latest is not None:
+            self._first_looks.stop()
+            self._first_looks = None
+        self.observed.playhead.tick()
         self.refresh_view()
-        self._leave_if_ended()
-
-    def _meet(self, snapshot: Snapshot) -> None:
-        """A run's first snapshot: put the cursor on its worst place."""
-        worst = snapshot.open_alerts[0] if snapshot.open_alerts else None
-        if worst is not None and worst.layer is not None:
-            self.eye = replace(self.eye, layer=worst.layer, expert=worst.experts[0] if worst.experts else 0)
-        for screen in self._screens():
-            screen.place_panes()
-
-    def _leave_if_ended(self) -> None:
-        latest = self.playhead.latest
-        if latest is None or latest.state not in ("ended", "dead"):
-            self._ended_at = None
-            return
-        if self._ended_at is None:
-            self._ended_at = self._clock()
-        if self._exit_when_ended and self._clock() - self._ended_at >= LINGER_SECONDS:
+        leaving = self._leaving_in()
+        if leaving is not None and leaving <= 0:
             self.exit()
+
+    def _leaving_in(self) -> float | None:
+        """Seconds until the view closes by itself, if it does."""
+        ended_for = self.observed.ended_for
+        return LINGER_SECONDS - ended_for if self._exit_when_ended and ended_for is not None else None
 
     def refresh_view(self) -> None:
         """Hand the scene of this moment to the screen in front; panes repaint only what changed."""
-        screen = next(
-            (screen for screen in reversed(self.screen_stack) if isinstance(screen, RunScreen)), None
-        )
+        screen = next((one for one in reversed(self.screen_stack) if isinstance(one, RunScreen)), None)
         if screen is None or not screen.is_mounted:
             return
-        screen.show_status(self._status())
-        frame = self.playhead.frame()
+        observed = self.observed
+        screen.show_status(observed.status(self._leaving_in()))
+        frame = observed.playhead.frame()
         if frame is None:
-            screen.show(None, f"opening {self.run_path}" if not self._trouble else self._trouble)
+            screen.show(None, observed.trouble or f"opening {observed.run_path}")
             return
+        if observed.playhead.held_step is not None or observed.eye.scale == "change" or screen.SHOWS_HISTORY:
+            self._want_history()
         waiting = frame.step < 0 and screen.NEEDS_STEP
-        arranged = screen.scene is not None and screen.scene.num_layers == frame.info.num_layers
-        screen.show(self._scene(frame), _waiting_words(frame) if waiting else "")
-        if not arranged:
-            screen.place_panes()
-
-    def _scene(self, frame: Snapshot) -> Scene:
-        self.eye = self.eye.inside(frame.info)
-        if self.playhead.held_step is not None or self.eye.scale == "change":
-            self.want_history()
-        return Scene(
-            snapshot=frame,
-            eye=self.eye,
-            reference=self._reference(frame) if self.eye.scale == "change" else None,
-            history=self.playhead.history(self.eye.layer) if self.current_mode == "layer" else None,
-            version=self.playhead.version,
+        screen.show(
+            observed.scene(frame, with_history=screen.SHOWS_HISTORY), _waiting_words(frame) if waiting else ""
         )
 
-    def _reference(self, frame: Snapshot) -> Reference | None:
-        """The step to compare with, or the oldest known one of a run that is younger."""
-        if not len(frame.history_steps_T):
-            return None
-        known = self.playhead.loads_at(max(frame.step - CHANGE_STEPS, int(frame.history_steps_T[0])))
-        return Reference(*known) if known else None
+    def _want_history(self) -> None:
+        """Read the loads of history steps that were never on the screen, if there are any."""
+        playhead, archive = self.observed.playhead, self.archive
+        gap = playhead.missing()
+        if gap is not None:
+            self.errands.ask(
+                "history", lambda: archive.loads(*gap), lambda loads: self._take_history(gap, loads)
+            )
 
-    def _status(self) -> Status:
-        latest = self.playhead.latest
-        since = self._clock() - self._seen_at
-        if latest is not None and latest.state == "live" and since > SILENT_SECONDS:
-            latest = replace(latest, state="stale")
-        leaving = None
-        if self._exit_when_ended and self._ended_at is not None:
-            leaving = max(LINGER_SECONDS - (self._clock() - self._ended_at), 0.0)
-        return Status(
-            run_name=latest.run_name if latest else Path(self.run_path).name,
-            latest=latest,
-            behind_seconds=latest.behind_seconds + since if latest else 0.0,
-            held_step=self.playhead.held_step,
-            replay=self.playhead.replay_speed,
-            trouble=self._trouble,
-            leaving_in=leaving,
-            muted=self.eye.muted,
-        )
+    def _take_history(self, gap: tuple[int, int], history: LoadHistory) -> None:
+        self.observed.playhead.fill(history, gap)
+        self.refresh_view()
 
     # What screens ask for.
 
+    @property
+    def eye(self) -> Eye:
+        return self.observed.eye
+
     def look(self, **changes: Any) -> None:
         """Change where the eye is (fields of `Eye`) and show it."""
-        self.eye = replace(self.eye, **changes)
+        self.observed.look(**changes)
         self.refresh_view()
 
     def move_cell(self, layers: int, experts: int) -> None:
         """Move the cursor, stopping at the edges."""
-        latest = self.playhead.latest
-        if latest is not None:
-            moved = replace(self.eye, layer=self.eye.layer + layers, expert=self.eye.expert + experts)
-            self.eye = moved.inside(latest.info)
-            self.refresh_view()
-
-    def go_to(self, layer: int, expert: int) -> None:
-        self.look(layer=layer, expert=expert)
+        self.look(layer=self.eye.layer + layers, expert=self.eye.expert + experts)
 
     def show_tokens_of(self, layer: int, expert: int) -> None:
         """The Tokens screen, coloured by this expert alone."""
-        self.eye = replace(self.eye, layer=layer, expert=expert)
+        self.observed.look(layer=layer, expert=expert)
         self.action_show_screen("tokens")
         screen = self.screen
         if isinstance(screen, TokensScreen):
             screen.want_expert(expert)
 
-    def want_history(self) -> None:
-        """Read the loads of history steps that were never on the screen, if there are any."""
-        gap = self.playhead.missing()
-        if gap is not None:
-            archive = self.archive
-            self.errands.ask("history", lambda: archive.loads(*gap), self._take_history)
-
-    def _take_history(self, history: LoadHistory) -> None:
-        self.playhead.fill(history)
-        self.refresh_view()
-
     @property
     def is_open(self) -> bool:
         """Whether the run was opened, or could not be."""
-        return self._source is not None or bool(self._trouble)
+        return self.observed.source is not None or bool(self.observed.trouble)
 
     @property
     def archive(self) -> Archive:
         """The past and the tokens of the run that is open."""
-        assert self._source is not None
-        return self._source.archive
+        assert self.observed.source is not None
+        return self.observed.source.archive
 
     def open_run(self, path: Path) -> None:
         """Leave this run and watch another."""
-        if str(path) == self.run_path:
+        if str(path) == self.observed.run_path:
             self.action_show_screen("overview")
         else:
             self._open(path)
 
     def _open(self, path: Path) -> None:
-        self.errands.ask(
-            "open",
-            lambda: self.library.open(path),
-            lambda source: self._switch(source, path),
-            self._not_opened,
-        )
+        def opened(source: Source) -> None:
+            self._switch(source, path)
+
+        self.errands.ask("open", lambda: self.library.open(path), opened, self._not_opened)
 
     def _not_opened(self, words: str) -> None:
-        if self._source is None:
-            self._trouble = words
+        if self.observed.source is None:
+            self.observed.trouble = words
             self.refresh_view()
         else:
             self._complain(words)
 
     def _switch(self, source: Source, path: Path) -> None:
         """From now on, the other run: nothing of the one before stays, not even answers that are under way."""
-        first = self._source is None
-        self._close_source()
+        first = self.observed.source is None
+        self.observed.stop()
         self.errands.forget()
-        self._source, self.run_path, self._trouble = source, str(path), ""
-        self.playhead, self.eye, self._ended_at = Playhead(), Eye(), None
-        source.feed.start()
+        self.observed = ObservedRun(str(path), self._clock, source)
+        self.observed.start()
+        if self._first_looks is None:
+            self._first_looks = self.set_interval(FIRST_LOOK_SECONDS, self.tick)
         if not first:
             self.action_show_screen("overview")
         self.tick()
 
-    def _close_source(self) -> None:
-        if self._source is not None:
-            self._source.feed.stop()
-            self._source.archive.close()
-
     def _complain(self, words: str) -> None:
         self.notify(words, severity="warning", timeout=8)
-
-    def _screens(self) -> Iterable[RunScreen]:
-        return (
-            screen
-            for stack in self._screen_stacks.values()
-            for screen in stack
-            if isinstance(screen, RunScreen)
-        )
 
     # Keys that work everywhere (tui/keymap.py).
 
@@ -319,24 +239,24 @@ class MoevizApp(App[None]):
         self.action_show_screen("overview")
 
     def action_pause(self) -> None:
-        self.playhead.pause()
+        self.observed.playhead.pause()
         self.refresh_view()
 
     def action_step(self, direction: int) -> None:
-        self.playhead.replay_speed = 0
-        self.playhead.move(direction)
+        self.observed.playhead.replay_speed = 0
+        self.observed.playhead.move(direction)
         self.refresh_view()
 
     def action_first_step(self) -> None:
-        self.playhead.first()
+        self.observed.playhead.first()
         self.refresh_view()
 
     def action_newest_step(self) -> None:
-        self.playhead.newest()
+        self.observed.playhead.newest()
         self.refresh_view()
 
     def action_replay(self) -> None:
-        self.playhead.replay()
+        self.observed.playhead.replay()
         self.refresh_view()
 
     def action_scale(self) -> None:
@@ -346,15 +266,16 @@ class MoevizApp(App[None]):
         theme: Theme = "light" if self.ink.theme == "dark" else "dark"
         self.ink = replace(self.ink, theme=theme)
         self.theme = f"moeviz-{theme}"
-        for screen in self._screens():
+        for screen in self.run_screens:
             screen.repaint()
 
     def action_find(self) -> None:
-        latest = self.playhead.latest
+        latest = self.observed.latest
         if latest is not None:
             widths = tuple(layer.num_experts for layer in latest.info.layers)
             self.push_screen(
-                FindScreen(widths, self.ink), lambda place: self.go_to(*place) if place else None
+                FindScreen(widths, self.ink),
+                lambda place: self.look(layer=place[0], expert=place[1]) if place else None,
             )
 
     def action_help(self) -> None:
@@ -362,9 +283,11 @@ class MoevizApp(App[None]):
 
     def action_export(self) -> None:
         """Save the screen as SVG in the current folder."""
-        latest = self.playhead.frame()
+        latest = self.observed.playhead.frame()
         step = f"-{latest.step}" if latest is not None and latest.step >= 0 else ""
-        name = re.sub(r"[^\w.-]+", "-", f"moeviz-{Path(self.run_path).name}-{self.current_mode}{step}.svg")
+        name = re.sub(
+            r"[^\w.-]+", "-", f"moeviz-{Path(self.observed.run_path).name}-{self.current_mode}{step}.svg"
+        )
         try:
             path = self.save_screenshot(name, path=".")
         except OSError as error:

@@ -108,10 +108,15 @@ class Playhead:
         if self.replay_speed:
             self.move(self.replay_speed)
 
-    def fill(self, history: LoadHistory) -> None:
-        """Learn the loads of older steps."""
+    def fill(self, history: LoadHistory, asked: tuple[int, int] | None = None) -> None:
+        """Learn the loads of older steps; steps in `asked` (first, last) without any stay unknown for good."""
         for step, loads_LE in zip(history.steps.tolist(), history.load_rel_TLE, strict=True):
             self._loads.setdefault(step, loads_LE)
+        if asked is not None and self.latest is not None:
+            unknown_LE = np.full_like(self.latest.load_rel_LE, np.nan)
+            for step in self.latest.history_steps_T.tolist():
+                if asked[0] <= step <= asked[1]:
+                    self._loads.setdefault(step, unknown_LE)
 
     def missing(self) -> tuple[int, int] | None:
         """First and last step of the shown history whose loads are not known yet."""

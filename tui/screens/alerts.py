@@ -79,7 +79,9 @@ class AlertsScreen(RunScreen):
 
     def action_enter(self) -> None:
         if self.alert is not None and self.alert.layer is not None:
-            self.moeviz.go_to(self.alert.layer, self.alert.experts[0] if self.alert.experts else 0)
+            self.moeviz.look(
+                layer=self.alert.layer, expert=self.alert.experts[0] if self.alert.experts else 0
+            )
             self.moeviz.action_show_screen("layer")
 
     def hit(self, pane: str, row: int, column: int) -> None:

@@ -42,6 +42,8 @@ class RunScreen(Screen[None]):
     """Id of the pane that is in front at first."""
     NEEDS_STEP: ClassVar[bool] = True
     """Whether there is nothing to show before the first step."""
+    SHOWS_HISTORY: ClassVar[bool] = False
+    """Whether it draws the loads of a layer over time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,6 +88,7 @@ class RunScreen(Screen[None]):
         return self.size.width < NARROW_COLUMNS or self.size.height < NARROW_ROWS
 
     def on_mount(self) -> None:
+        self.moeviz.run_screens.append(self)
         self.query_one("#tabs", Pane).show(self.NAME, self.NAME)
         self.place_panes()
 
@@ -115,7 +118,10 @@ class RunScreen(Screen[None]):
 
     def show(self, scene: Scene | None, message: str = "") -> None:
         """Hand a scene to the panes; without one, or before the first step, say `message`."""
+        num_layers = self.scene.num_layers if self.scene is not None else 0
         self.scene = scene
+        if scene is not None and scene.num_layers != num_layers:
+            self.place_panes()
         if message or scene is None:
             for pane in self.panes:
                 pane.say(message if pane.id == self.front else "")
@@ -144,7 +150,7 @@ class RunScreen(Screen[None]):
 
     def hit(self, pane: str, row: int, column: int) -> None:
         """A click on something drawn; most panes draw layers and experts."""
-        self.moeviz.go_to(row, column)
+        self.moeviz.look(layer=row, expert=column)
 
 
 def screen_bindings(name: ScreenName) -> list[BindingType]:

@@ -72,7 +72,7 @@ class FlowScreen(RunScreen):
 
     def action_enter(self) -> None:
         if self.flow is not None:
-            self.moeviz.go_to(self.flow.next_layer, self.target)
+            self.moeviz.look(layer=self.flow.next_layer, expert=self.target)
 
     def hit(self, pane: str, row: int, column: int) -> None:
         self.target = column

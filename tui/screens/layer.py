@@ -8,7 +8,6 @@ from textual.containers import Horizontal, Vertical
 
 from tui.drawings.layer_bars import bar_order, draw_layer_bars
 from tui.drawings.layer_facts import draw_expert_facts, draw_layer_facts, draw_top_experts
-from tui.scene import Scene
 from tui.screens.base import RunScreen, screen_bindings
 from tui.widgets.pane import Pane
 
@@ -16,6 +15,7 @@ from tui.widgets.pane import Pane
 class LayerScreen(RunScreen):
     NAME = "layer"
     FRONT = "bars"
+    SHOWS_HISTORY = True
     BINDINGS = screen_bindings("layer")
 
     def compose_body(self) -> ComposeResult:
@@ -26,11 +26,6 @@ class LayerScreen(RunScreen):
             with Vertical(classes="column side"):
                 yield Pane(draw_layer_facts, id="facts")
                 yield Pane(draw_expert_facts, id="expert")
-
-    def show(self, scene: Scene | None, message: str = "") -> None:
-        super().show(scene, message)
-        if scene is not None and not message:
-            self.moeviz.want_history()
 
     def action_bar(self, direction: int) -> None:
         """The expert whose bar is next to that of the cursor."""

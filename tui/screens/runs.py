@@ -56,7 +56,7 @@ class RunsScreen(RunScreen):
         self._runs, self._version = runs, self._version + 1
         self._message = "No runs here. `moeviz demo` makes one."
         if self._selected not in {str(run.path) for run in runs} and runs:
-            current = self.moeviz.run_path
+            current = self.moeviz.observed.run_path
             self._selected = current if current in {str(run.path) for run in runs} else str(runs[0].path)
         self.moeviz.refresh_view()
 
@@ -70,8 +70,8 @@ class RunsScreen(RunScreen):
         self.query_one("#runs", Pane).show(subject, key)
 
     def _subject(self) -> tuple[Subject, Hashable]:
-        subject = (self._runs, self._at, self.moeviz.run_path, self._message)
-        return subject, (self._version, self._selected, self.moeviz.run_path, self._message)
+        subject = (self._runs, self._at, self.moeviz.observed.run_path, self._message)
+        return subject, (self._version, self._selected, self.moeviz.observed.run_path, self._message)
 
     @property
     def _at(self) -> int:

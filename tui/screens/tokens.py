@@ -174,7 +174,9 @@ class TokensScreen(RunScreen):
     def action_enter(self) -> None:
         trace = self.view.trace
         if trace is not None:
-            self.moeviz.go_to(trace.layers[self.view.layer], int(self.view.top_experts_S[self.view.token]))
+            self.moeviz.look(
+                layer=trace.layers[self.view.layer], expert=int(self.view.top_experts_S[self.view.token])
+            )
             self.moeviz.action_show_screen("layer")
 
     def hit(self, pane: str, row: int, column: int) -> None:
