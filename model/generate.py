@@ -1,4 +1,4 @@
-"""Sampling from a model, one token for each sequence of a batch at a time, with a key/value cache.
+"""Text from a model, one token for each sequence of a batch at a time, with a key/value cache.
 
 `stream` is the whole algorithm, an iterator; `generate` collects it. Random numbers come from a generator of
 their own, so that sampling in the middle of a training run changes nothing in that run.
@@ -6,45 +6,20 @@ their own, so that sampling in the middle of a training run changes nothing in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.lm import MoELanguageModel
+from model.sampling import Sampling, sample
 
+__all__ = ["Sampling", "before_stop", "generate", "sample", "stream"]
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen. Filters apply in the order temperature, top_k, top_p."""
-
-    max_new_tokens: int = 64
-    """Tokens to add at most; the model's max_seq_len is a limit as well."""
-    temperature: float = 1.0
-    """Divides the logits; 0 always takes the most likely token."""
-    top_k: int | None = None
-    """Choose among the k most likely tokens only."""
-    top_p: float | None = None
-    """Choose among the fewest most likely tokens whose probabilities reach this sum (Holtzman et al.
-
-    2020).
-    """
-    seed: int = 0
-    """Same seed, same text."""
-    eos_id: int | None = None
-    """Token that ends a sequence. None: never ends early."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} is below 1; ask for at least one token")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative; 0 takes the most likely token")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} is below 1; give 1 or more, or None for all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} is not in (0, 1]; 1 or None keeps all tokens")
+Decode = Callable[[list[int]], str]
+"""Token ids to text."""
 
 
 def stream(
@@ -53,35 +28,52 @@ def stream(
     sampling: Sampling | None = None,
     *,
     attention_mask_BS: Tensor | None = None,
+    decode: Decode | None = None,
+    cache: KVCache | None = None,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, int64 [B], until all have ended or nothing more is allowed.
 
-    Prompts of different lengths are padded on the left, with 0 in `attention_mask_BS`. A sequence that has
-    ended goes on yielding `eos_id`. The model is put into evaluation mode for each step and back afterwards.
+    A sequence that has ended goes on yielding `eos_id`, or 0 where there is none. The model is put into
+    evaluation mode for each step and back afterwards.
 
-    Raises ValueError when the prompt is empty or leaves no room below max_seq_len.
+    Args:
+        model: what is sampled from.
+        prompt_ids_BS: int64. Prompts of different lengths are padded on the left.
+        sampling: how tokens are chosen and when a text ends.
+        attention_mask_BS: 0 at padding.
+        decode: turns ids into text, for `sampling.stop`.
+        cache: where keys and values go, for example an int8 or a forgetting one; what it has read already
+            comes before the prompt. None: a full one of just the size needed.
+        prefill_chunk: read the prompt in pieces of so many tokens, in less memory. None: at once, or as much
+            as fits beside what a forgetting cache keeps.
+
+    Raises ValueError for an empty prompt, one that leaves no room, stop texts without `decode`, and padding
+    where positions must be absolute.
     """
     sampling = sampling or Sampling()
     batch, length = prompt_ids_BS.shape
-    steps = min(sampling.max_new_tokens, _room_after(model, length))
+    _check(model.config, sampling, attention_mask_BS, decode, cache)
+    steps = _steps(model.config, length, sampling.max_new_tokens, cache)
     device = prompt_ids_BS.device
-    cache = KVCache(
-        model.config, batch_size=batch, max_length=length + steps, device=device, dtype=model.dtype
-    )
+    if cache is None:
+        cache = KVCache(
+            model.config, batch_size=batch, max_length=length + steps, device=device, dtype=model.dtype
+        )
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
-    ended_B = torch.zeros(batch, dtype=torch.bool, device=device)
-    ids_BS, mask_BC = prompt_ids_BS, attention_mask_BS
-    for _ in range(steps):
-        ids_B = sample(_next_logits(model, ids_BS, mask_BC, cache), sampling, generator)
-        if sampling.eos_id is not None:
-            ids_B = ids_B.masked_fill(ended_B, sampling.eos_id)
-            ended_B = ended_B | (ids_B == sampling.eos_id)
+    endings = _Endings(sampling, decode, batch, device)
+    seen_BV = _seen(prompt_ids_BS, attention_mask_BS, model.config.vocab_size)
+    mask_BC = attention_mask_BS
+    logits_BV = _read_prompt(model, prompt_ids_BS, mask_BC, cache, prefill_chunk)
+    for step in range(steps):
+        ids_B = endings.mark(sample(logits_BV, sampling, generator, seen_BV))
         yield ids_B
-        if bool(ended_B.all()):
+        if step == steps - 1 or endings.all_ended:
             return
-        ids_BS = ids_B[:, None]
+        seen_BV.scatter_(1, ids_B[:, None], True)
         if mask_BC is not None:
             mask_BC = torch.cat((mask_BC, mask_BC.new_ones(batch, 1)), dim=1)
+        logits_BV = _next_logits(model, ids_B[:, None], mask_BC, cache)
 
 
 def generate(
@@ -90,53 +82,134 @@ def generate(
     sampling: Sampling | None = None,
     *,
     attention_mask_BS: Tensor | None = None,
+    decode: Decode | None = None,
+    cache: KVCache | None = None,
+    prefill_chunk: int | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """The new tokens of every sequence, int64 [B, new]; `on_token` sees each step's [B] as it is made."""
+    """The new tokens of every sequence, int64 [B, new]; `on_token` sees each step's [B] as it is made.
+
+    The other arguments are those of `stream`.
+    """
     columns = []
-    for ids_B in stream(model, prompt_ids_BS, sampling, attention_mask_BS=attention_mask_BS):
+    for ids_B in stream(
+        model,
+        prompt_ids_BS,
+        sampling,
+        attention_mask_BS=attention_mask_BS,
+        decode=decode,
+        cache=cache,
+        prefill_chunk=prefill_chunk,
+    ):
         if on_token is not None:
             on_token(ids_B)
         columns.append(ids_B)
     return torch.stack(columns, dim=1)
 
 
-def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token id per row, int64 [B]."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV.float() / sampling.temperature
-    if sampling.top_k is not None:
-        logits_BV = _keep_top_k(logits_BV, sampling.top_k)
-    if sampling.top_p is not None:
-        logits_BV = _keep_top_p(logits_BV, sampling.top_p)
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator).squeeze(1)
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """`text` up to the first of the stop texts in it, which is left out."""
+    ends = [at for at in (text.find(each) for each in stop) if at >= 0]
+    return text[: min(ends)] if ends else text
 
 
-def _keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
-    values, ids = logits_BV.topk(min(k, logits_BV.shape[-1]), dim=-1)
-    return torch.full_like(logits_BV, float("-inf")).scatter(-1, ids, values)
+class _Endings:
+    """Which sequences have ended, and why."""
+
+    def __init__(self, sampling: Sampling, decode: Decode | None, batch: int, device: torch.device) -> None:
+        self._sampling, self._decode = sampling, decode
+        self._ended_B = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._texts: list[list[int]] = [[] for _ in range(batch)]
+
+    @property
+    def all_ended(self) -> bool:
+        return bool(self._ended_B.all())
+
+    def mark(self, ids_B: Tensor) -> Tensor:
+        """What is yielded for the drawn tokens; notes which sequences end with them."""
+        eos_id = self._sampling.eos_id
+        ids_B = ids_B.masked_fill(self._ended_B, 0 if eos_id is None else eos_id)
+        if eos_id is not None:
+            self._ended_B = self._ended_B | (ids_B == eos_id)
+        if self._sampling.stop and self._decode is not None:
+            self._ended_B = self._ended_B | self._stopped(ids_B.tolist(), self._decode)
+        return ids_B
+
+    def _stopped(self, ids: list[int], decode: Decode) -> Tensor:
+        """Whole texts are decoded: a stop text may begin inside one token and end inside another."""
+        found = []
+        for text, token in zip(self._texts, ids, strict=True):
+            text.append(token)
+            found.append(any(stop in decode(text) for stop in self._sampling.stop))
+        return torch.tensor(found, device=self._ended_B.device)
 
 
-def _keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    values, ids = logits_BV.sort(dim=-1, descending=True)
-    probs = values.softmax(dim=-1)
-    # A token stays while the sum of the more likely ones is below p: the one that crosses it is last.
-    before = probs.cumsum(dim=-1) - probs
-    kept = values.masked_fill(before >= p, float("-inf"))
-    return torch.full_like(logits_BV, float("-inf")).scatter(-1, ids, kept)
+def _check(
+    config: ModelConfig,
+    sampling: Sampling,
+    mask_BS: Tensor | None,
+    decode: Decode | None,
+    cache: KVCache | None,
+) -> None:
+    if sampling.stop and decode is None:
+        raise ValueError(f"stop={sampling.stop} without decode; hand over decode=tokenizer.decode")
+    padded = mask_BS is not None and not bool(mask_BS.all())
+    streams = cache is not None and cache.forgets
+    if padded and (streams or not _shiftable(config)):
+        raise ValueError(
+            "padding on the left moves chunks, patterns and first positions, which this model or its cache "
+            "counts from the start; generate prompts of one length together"
+        )
 
 
-def _room_after(model: MoELanguageModel, length: int) -> int:
-    """Tokens that fit behind a prompt of `length`, at least 1."""
-    longest = model.config.max_seq_len
+def _shiftable(config: ModelConfig) -> bool:
+    """Whether attention asks for distances only, so that padding in front changes nothing."""
+    absolute = config.reach.sparsity in ("fixed", "blocks") or config.reach.sink_tokens > 0
+    return config.attention != "latent" and not absolute
+
+
+def _steps(config: ModelConfig, length: int, wanted: int, cache: KVCache | None) -> int:
+    """Tokens that may follow a prompt of `length`, at least 1."""
     if length == 0:
         raise ValueError("the prompt has 0 tokens; give at least one, for example the end-of-text token")
+    if cache is not None and cache.forgets:
+        return wanted
+    longest, name = config.max_seq_len, "max_seq_len"
+    if cache is not None:
+        length += cache.length
+        if cache.max_length < longest:
+            longest, name = cache.max_length, "the cache's max_length"
     if length >= longest:
         raise ValueError(
-            f"the prompt has {length} tokens and max_seq_len={longest} leaves no room; shorten the prompt"
+            f"the prompt has {length} tokens and {name}={longest} leaves no room; shorten the prompt"
         )
-    return longest - length
+    return min(wanted, longest - length)
+
+
+def _seen(ids_BS: Tensor, mask_BS: Tensor | None, vocab_size: int) -> Tensor:
+    """Bool [B, V]: tokens in the prompt, padding aside."""
+    counts = torch.zeros(len(ids_BS), vocab_size, device=ids_BS.device)
+    real = torch.ones_like(ids_BS) if mask_BS is None else mask_BS
+    return counts.scatter_add_(1, ids_BS, real.to(counts.dtype)) > 0
+
+
+def _read_prompt(
+    model: MoELanguageModel,
+    ids_BS: Tensor,
+    mask_BC: Tensor | None,
+    cache: KVCache,
+    prefill_chunk: int | None,
+) -> Tensor:
+    """Logits behind the prompt, [B, V]."""
+    chunk = cache.prefill_chunk if prefill_chunk is None else prefill_chunk
+    if chunk < 1:
+        raise ValueError(f"prefill_chunk={chunk} is below 1; None reads the prompt at once")
+    before = 0 if mask_BC is None else mask_BC.shape[1] - ids_BS.shape[1]
+    for start in range(0, ids_BS.shape[1], chunk):
+        piece = ids_BS[:, start : start + chunk]
+        seen_mask = None if mask_BC is None else mask_BC[:, : before + start + piece.shape[1]]
+        logits_BV = _next_logits(model, piece, seen_mask, cache)
+    return logits_BV
 
 
 @torch.no_grad()

@@ -77,6 +77,13 @@ class KVCache:
         return self._eviction is not None
 
     @property
+    def prefill_chunk(self) -> int:
+        """Tokens to read at once at most: with what is kept they fill the trained context."""
+        if self._eviction is None:
+            return self.max_length
+        return max(1, self._config.max_seq_len - self._eviction.budget)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes set aside, measured on the buffers."""
         return sum(layer.num_bytes for layer in self.layers)

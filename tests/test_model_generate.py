@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from model.attention_config import LatentConfig, ReachConfig
 from model.config import ModelConfig
-from model.generate import Sampling, generate, sample, stream
+from model.generate import before_stop, generate, stream
+from model.kv_cache import KVCache
+from model.kv_eviction import HeavyHitters, SinksAndRecent
 from model.lm import MoELanguageModel
+from model.sampling import Sampling, sample
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0)
 
@@ -105,6 +118,9 @@ def _frequencies(sampling: Sampling) -> Tensor:
         (Sampling(top_p=0.01), [0, 1, 0, 0, 0]),
         (Sampling(top_p=1.0), [0.05, 0.4, 0.3, 0.15, 0.1]),
         (Sampling(top_k=3, top_p=0.5), [0, 4 / 7, 3 / 7, 0, 0]),
+        (Sampling(min_p=0.7), [0, 4 / 7, 3 / 7, 0, 0]),
+        (Sampling(min_p=1.0), [0, 1, 0, 0, 0]),
+        (Sampling(min_p=0.0), [0.05, 0.4, 0.3, 0.15, 0.1]),
     ],
     ids=str,
 )
@@ -119,6 +135,9 @@ def test_draws_follow_the_filtered_distribution(sampling: Sampling, expected: li
         ({"temperature": -1.0}, "temperature=-1.0 is negative"),
         ({"top_k": 0}, "top_k=0 is below 1"),
         ({"top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
+        ({"min_p": 1.5}, r"min_p=1.5 is not in \[0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 is not positive"),
+        ({"stop": ("a", "")}, "has an empty text"),
     ],
 )
 def test_sampling_errors(values: dict[str, float], message: str) -> None:
@@ -131,3 +150,129 @@ def test_prompt_errors(model: MoELanguageModel) -> None:
         generate(model, _prompt(1, 16))
     with pytest.raises(ValueError, match="0 tokens; give at least one"):
         generate(model, _prompt(1, 0))
+
+
+def test_filters_equal_transformers_in_its_order() -> None:
+    """Same support and probabilities, all filters on at once; draws follow them."""
+    generator = torch.Generator().manual_seed(0)
+    logits_BV = torch.randn(1, 12, generator=generator) * 2
+    text_BS = torch.tensor([[3, 7, 7, 1]])
+    theirs = logits_BV
+    for process in (
+        RepetitionPenaltyLogitsProcessor(1.7),
+        TemperatureLogitsWarper(1.3),
+        TopKLogitsWarper(9),
+        TopPLogitsWarper(0.9),
+        MinPLogitsWarper(0.12),
+    ):
+        theirs = process(text_BS, theirs)
+    expected = theirs.softmax(-1)[0]
+    assert 1 < int((expected > 0).sum()) < 9
+    sampling = Sampling(temperature=1.3, top_k=9, top_p=0.9, min_p=0.12, repetition_penalty=1.7)
+    seen_BV = torch.zeros(1, 12, dtype=torch.bool).scatter_(1, text_BS, True)
+    ids = sample(logits_BV.expand(40_000, 12), sampling, generator, seen_BV.expand(40_000, 12))
+    frequencies = ids.bincount(minlength=12) / 40_000
+    torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.01)
+    assert not bool(frequencies[expected == 0].any())
+
+
+def test_the_penalty_covers_prompt_and_new_text(model: MoELanguageModel) -> None:
+    """A penalty without end never repeats a token, and greedy text shows it."""
+    sampling = Sampling(max_new_tokens=10, temperature=0, repetition_penalty=1e9)
+    prompt = _prompt()
+    for row, text in zip(prompt.tolist(), generate(model, prompt, sampling).tolist(), strict=True):
+        assert len(set(text)) == 10
+        assert not set(text) & set(row)
+
+
+def _letters(ids: list[int]) -> str:
+    return "".join(chr(ord("a") + i) for i in ids)
+
+
+def test_a_stop_text_ends_a_sequence_also_across_tokens(model: MoELanguageModel) -> None:
+    free = generate(model, _prompt(), Sampling(max_new_tokens=10, temperature=0))
+    texts = [_letters(row) for row in free.tolist()]
+    stop = texts[0][3:5]
+    ended = generate(
+        model, _prompt(), Sampling(max_new_tokens=10, temperature=0, stop=(stop, "never")), decode=_letters
+    )
+    for row, text in zip(ended.tolist(), texts, strict=True):
+        end = text.find(stop) + 2 if stop in text else 10
+        assert _letters(row)[:end] == text[:end]
+        assert set(row[end:]) <= {0}
+        assert before_stop(_letters(row), [stop]) == before_stop(text, [stop])
+    assert ended.shape[1] == max(text.find(stop) + 2 if stop in text else 10 for text in texts)
+
+
+def test_a_stop_text_needs_a_decoder(model: MoELanguageModel) -> None:
+    with pytest.raises(ValueError, match=r"without decode; hand over decode=tokenizer.decode"):
+        generate(model, _prompt(), Sampling(stop=("a",)))
+
+
+def test_before_stop_takes_the_first_of_several() -> None:
+    assert before_stop("one two three", ["three", "two"]) == "one "
+    assert before_stop("one", ["two"]) == "one"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("padded", [False, True])
+def test_reading_the_prompt_in_pieces_changes_no_text(
+    model: MoELanguageModel, chunk: int, padded: bool
+) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]) if padded else None
+    whole = generate(model, _prompt(), GREEDY, attention_mask_BS=mask)
+    pieces = generate(model, _prompt(), GREEDY, attention_mask_BS=mask, prefill_chunk=chunk)
+    assert torch.equal(pieces, whole)
+
+
+def test_a_cache_goes_on_where_it_stopped(model: MoELanguageModel) -> None:
+    cache = KVCache(model.config, batch_size=2)
+    first = generate(model, _prompt(), Sampling(max_new_tokens=2, temperature=0), cache=cache)
+    assert cache.length == 6  # the last token was not read
+    second = generate(model, first[:, -1:], Sampling(max_new_tokens=4, temperature=0), cache=cache)
+    assert torch.equal(torch.cat((first, second), dim=1), generate(model, _prompt(), GREEDY))
+
+
+@pytest.mark.parametrize("eviction", [SinksAndRecent(sinks=2, recent=6), HeavyHitters(heavy=4, recent=4)])
+def test_a_forgetting_cache_writes_past_the_trained_length(model: MoELanguageModel, eviction: Any) -> None:
+    cache = KVCache(model.config, batch_size=2, eviction=eviction)
+    before = cache.num_bytes
+    prompt = _prompt(2, 30)  # longer than max_seq_len=16: read in pieces of 8
+    text = generate(model, prompt, Sampling(max_new_tokens=20, temperature=0), cache=cache)
+    assert text.shape == (2, 20)
+    assert cache.length == 49 > 3 * model.config.max_seq_len
+    assert cache.layers[0].num_held == 8
+    assert cache.num_bytes <= before + 2 * 2 * 2 * 8 * 12
+
+
+@pytest.mark.parametrize("storage", ["int8", "mapped"])
+def test_other_storage_writes_the_same_text(model: MoELanguageModel, storage: Any, tmp_path: Any) -> None:
+    folder = tmp_path if storage == "mapped" else None
+    cache = KVCache(model.config, batch_size=2, storage=storage, folder=folder)
+    assert torch.equal(generate(model, _prompt(), GREEDY, cache=cache), generate(model, _prompt(), GREEDY))
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"attention": "latent", "latents": LatentConfig(num_latents=2, latent_chunk=4)},
+        {"reach": ReachConfig(window=4, sink_tokens=1)},
+        {"reach": ReachConfig(sparsity="blocks", sparse_block=2)},
+    ],
+)
+def test_padding_is_refused_where_it_would_change_the_text(attention: dict[str, Any]) -> None:
+    config = ModelConfig(
+        vocab_size=23, dim=16, num_layers=1, num_heads=2, num_experts=2, expert_dim=4, **attention
+    )
+    other = MoELanguageModel(config)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match=r"padding on the left moves .*generate prompts of one length"):
+        generate(other, _prompt(), GREEDY, attention_mask_BS=mask)
+    assert generate(other, _prompt(), GREEDY, attention_mask_BS=torch.ones(2, 5)).shape == (2, 6)
+
+
+def test_a_cache_without_room_says_so(model: MoELanguageModel) -> None:
+    with pytest.raises(ValueError, match=r"5 tokens and the cache's max_length=5 leaves no room"):
+        generate(model, _prompt(), cache=KVCache(model.config, batch_size=2, max_length=5))
+    with pytest.raises(ValueError, match="prefill_chunk=0 is below 1"):
+        generate(model, _prompt(), prefill_chunk=0)

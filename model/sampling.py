@@ -1,0 +1,97 @@
+"""Which token comes next: filters on the logits of one position, and a draw from what they leave.
+
+The order is that of transformers: repetition penalty, temperature, top_k, top_p, min_p. Every filter keeps
+the most likely token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen, and when a text ends."""
+
+    max_new_tokens: int = 64
+    """Tokens to add at most; the model's max_seq_len is a limit as well, unless its cache forgets."""
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: int | None = None
+    """Choose among the k most likely tokens only."""
+    top_p: float | None = None
+    """Choose among the fewest most likely tokens whose probabilities reach this sum (arXiv:1904.09751)."""
+    min_p: float | None = None
+    """Choose among tokens at least this share as likely as the most likely one (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that are in the text already become less likely (arXiv:1909.05858)."""
+    seed: int = 0
+    """Same seed, same text."""
+    eos_id: int | None = None
+    """Token that ends a sequence. None: none does."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sequence as soon as it contains one; needs a way to decode tokens."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} is below 1; ask for at least one token")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} is negative; 0 takes the most likely token")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} is below 1; give 1 or more, or None for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not in (0, 1]; 1 or None keeps all tokens")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} is not in [0, 1]; 0 or None keeps all tokens")
+        if self.repetition_penalty <= 0:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} is not positive; 1 leaves the logits alone"
+            )
+        if "" in self.stop:
+            raise ValueError(f"stop={self.stop} has an empty text, which every text contains; leave it out")
+
+
+def sample(
+    logits_BV: Tensor, sampling: Sampling, generator: torch.Generator, seen_BV: Tensor | None = None
+) -> Tensor:
+    """Draw one token id per row, int64 [B]. `seen_BV` is True for tokens that are in the text already."""
+    if seen_BV is not None and sampling.repetition_penalty != 1:
+        logits_BV = _penalise(logits_BV, seen_BV, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    logits_BV = logits_BV.float() / sampling.temperature
+    if sampling.top_k is not None:
+        logits_BV = _keep_top_k(logits_BV, sampling.top_k)
+    if sampling.top_p is not None:
+        logits_BV = _keep_top_p(logits_BV, sampling.top_p)
+    if sampling.min_p is not None:
+        logits_BV = _keep_min_p(logits_BV, sampling.min_p)
+    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+def _penalise(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Towards minus infinity: a positive logit is divided, a negative one multiplied."""
+    lower_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV, lower_BV, logits_BV)
+
+
+def _keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
+    values, ids = logits_BV.topk(min(k, logits_BV.shape[-1]), dim=-1)
+    return torch.full_like(logits_BV, float("-inf")).scatter(-1, ids, values)
+
+
+def _keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
+    values, ids = logits_BV.sort(dim=-1, descending=True)
+    probs = values.softmax(dim=-1)
+    # A token stays while the sum of the more likely ones is below p: the one that crosses it is last.
+    before = probs.cumsum(dim=-1) - probs
+    kept = values.masked_fill(before >= p, float("-inf"))
+    return torch.full_like(logits_BV, float("-inf")).scatter(-1, ids, kept)
+
+
+def _keep_min_p(logits_BV: Tensor, p: float) -> Tensor:
+    probs = logits_BV.softmax(dim=-1)
+    return logits_BV.masked_fill(probs < p * probs.amax(dim=-1, keepdim=True), float("-inf"))
