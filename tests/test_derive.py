@@ -244,6 +244,10 @@ def test_a_resumed_run_goes_on_with_its_open_alerts() -> None:
     }
     assert len(expected) >= 3 * L
     assert expected.items() <= closed(second).items()
+    for alert in second.alerts:
+        if alert.rule == "EXPERT_STARVED":
+            assert "step -1" not in alert.message
+            assert alert.peak <= min(a.peak for a in first.alerts if a.episode == alert.episode)
     reopened = [a for a in second.alerts if a.raised_step == a.updated_step and a.severity != "info"]
     assert reopened == []
 

@@ -159,6 +159,8 @@ class RouterDetector:
         statistics, config = self.statistics, self.config
         experts = experts_of(reading.rule, layer, statistics, config)
         since = self._drift.since_L if reading.rule == "LOAD_DRIFT" else self._latch.since_RL[row]
+        if since[layer] < 0:  # the condition began before a restart
+            since = np.full_like(since, self.episodes.raised_step(reading.rule, layer, step))
         facts = layer_facts(layer, experts, statistics, self._view, self._routers) | {
             "step": step,
             "since": int(since[layer]),

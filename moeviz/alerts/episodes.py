@@ -54,6 +54,11 @@ class Episodes:
     def is_open(self, rule_id: str, layer: int | None) -> bool:
         return (rule_id, layer) in self._open
 
+    def raised_step(self, rule_id: str, layer: int | None, default: int) -> int:
+        """Step at which an open episode was raised; `default` when there is none."""
+        record = self._open.get((rule_id, layer))
+        return default if record is None else record.raised_step
+
     def raise_(self, finding: Finding, step: int) -> list[AlertRecord]:
         """Open an episode at `step`; nothing when it is open already."""
         key = (finding.rule, finding.layer)
@@ -90,7 +95,7 @@ class Episodes:
         key = (finding.rule, finding.layer)
         record = self._open[key]
         self._looked[key] = self._records
-        worse = abs(finding.peak - record.peak) > _CHANGE * abs(record.peak)
+        worse = abs(_worst(record, finding.peak) - record.peak) > _CHANGE * abs(record.peak)
         if not worse and set(finding.experts) <= set(record.experts):
             return []
         return [self._keep(key, self._restate(record, finding, step))]
@@ -171,12 +176,17 @@ class Episodes:
             record,
             updated_step=step,
             value=finding.value,
-            peak=finding.peak,
+            peak=_worst(record, finding.peak),
             threshold=finding.threshold,
             experts=finding.experts,
             message=self._message(finding, step),
             evidence=finding.evidence,
         )
+
+
+def _worst(record: AlertRecord, value: float) -> float:
+    """The peak of an episode with another value; a detector that was restarted no longer knows the old one."""
+    return max(record.peak, value) if rule(record.rule).worse == "higher" else min(record.peak, value)
 
 
 _STARTUP = "Start-up imbalance. "
