@@ -1,5 +1,4 @@
-"""Loads of all layers as a picture in text: two layers a row in half blocks, coloured by log2 of the relative
-load.
+"""Loads of all layers as a picture in text, coloured by log2 of the relative load.
 
 Without colour (a pipe, NO_COLOR) one layer a row in glyphs that carry the sign, because over- and underload
 have the
@@ -99,9 +98,7 @@ def _levels(layer: dict[str, Any], top_k: int, pool: int) -> list[int]:
 
 
 def _pooled(load_rel: np.ndarray, pool: int) -> np.ndarray:
-    """One cell for `pool` experts: the one farthest from even, so that a hot or dead one is never averaged
-    away.
-    """
+    """One cell for `pool` experts: the one farthest from even, so a hot or dead one is never averaged away."""
     if pool == 1:
         return load_rel
     with np.errstate(divide="ignore"):

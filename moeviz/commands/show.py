@@ -1,6 +1,4 @@
-"""`moeviz show`: one page about one run: its shape and state, the loads as a picture, its numbers, its
-alerts.
-"""
+"""`moeviz show`: one page about one run: shape and state, the loads as a picture, numbers, alerts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Where a run is kept: Parquet segments that never change, file names that say what they cover, DuckDB to
-ask.
+"""Where a run is kept: segments that never change, names that say what they cover, DuckDB to ask.
 
 Writing needs pyarrow alone; reading adds duckdb and pandas. Names are resolved on first use so that a
 training process never imports the query engine.

@@ -1,5 +1,4 @@
-"""Levels of detail of the loads: sums over buckets of 100 and 10,000 steps, so that a curve over a long run
-is cheap.
+"""Levels of detail of the loads: sums over buckets of 100 and 10,000 steps, for curves over long runs.
 
 Sums, not means of shares, because steps differ in tokens; with the smallest and largest relative load of a
 step.

@@ -255,9 +255,7 @@ def _sequences(array_LNS: np.ndarray, lengths_N: np.ndarray, dtype: type) -> pa.
 
 
 def _quantise(weights_LNSK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """8-bit codes, uint8 [L, N, S, K], and the value of code 255, float32 [L, N]: 1 unless a weight exceeds
-    1.
-    """
+    """Codes, uint8 [L, N, S, K], and the value of code 255, float32 [L, N]: 1 unless a weight exceeds 1."""
     weights = np.asarray(weights_LNSK, dtype=np.float32)
     peak_LN = weights.max(axis=(2, 3), initial=0.0)
     if not np.isfinite(peak_LN).all():  # a diverging run: NaN has no code, 0 is the honest one

@@ -1,6 +1,4 @@
-"""The files of one table as a reader sees them: listed when the folder changed, checked once, covered, cut to
-steps.
-"""
+"""The files of one table as a reader sees them: listed when the folder changed, checked once, covered."""
 
 from __future__ import annotations
 
@@ -47,8 +45,10 @@ class Listing:
         self._activation = float("inf")
 
     def refresh(self, anew: bool = False, thorough: bool = False) -> None:
-        """List again if the folder changed, a merged file became active, or `anew`; `thorough` decodes every
-        file.
+        """List again if the folder changed, a merged file became active, or `anew`.
+
+        `thorough` decodes every file to find damage inside.
+
         """
         now = time.time()
         try:

@@ -1,5 +1,4 @@
-"""The last steps of a run's loads, kept as arrays that a screen can draw: what a feed remembers between
-polls.
+"""The last steps of a run's loads, as arrays that a screen can draw: what a feed remembers.
 
 Shapes: T steps kept, L MoE layers, E experts of the widest layer; columns past a layer's own are NaN.
 """

@@ -1,5 +1,4 @@
-"""Every question a view may ask a run, one function each: Store -> DataFrame (or arrays) with documented
-columns.
+"""Every question a view may ask a run, one function each: Store -> DataFrame with documented columns.
 
 The functions live beside their kin in `queries_*.py`; import them from here.
 """

@@ -1,5 +1,4 @@
-"""Questions about expert loads. Shares come from summed counts, never from averages of shares of unequal
-steps.
+"""Questions about expert loads. Shares come from summed counts, never from averages of shares.
 
 `share` is c_i / sum c (1/E when even), `load_rel` is E x share (1 when even, E/K at most).
 """

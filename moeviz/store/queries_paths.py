@@ -1,5 +1,4 @@
-"""Questions that count over many sampled tokens: paths between layers, experts chosen together, tokens of an
-expert.
+"""Questions that count over many sampled tokens: paths, experts chosen together, tokens of an expert.
 
 Counting is numpy's: fetching lists and multiplying matrices beats unnesting them in SQL by two to four times.
 Shapes: T tokens, K experts per token, E experts.

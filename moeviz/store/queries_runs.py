@@ -56,9 +56,7 @@ def run_state(last_ts: float | None, interval: float, ended: bool, now: float) -
 
 
 def step_rhythm(store: Store, steps: int = 50) -> tuple[float | None, float]:
-    """When the newest step finished (None without steps) and the median seconds between the last `steps`
-    steps.
-    """
+    """When the newest step finished (None without one), and the median seconds between the last `steps`."""
     newest = last_step(store)
     if newest is None:
         return None, 0.0

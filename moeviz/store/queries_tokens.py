@@ -16,9 +16,7 @@ from moeviz.store.reader import Store
 
 
 class TraceArrays(NamedTuple):
-    """One sequence through all recorded layers. Experts are -1 and weights 0 in slots that a layer does not
-    have.
-    """
+    """One sequence through all recorded layers. A slot that a layer lacks has expert -1 and weight 0."""
 
     layers_L: np.ndarray
     """int. MoE layer of each entry of axis L."""

@@ -1,5 +1,4 @@
-"""The tables of a run: one definition, used for Parquet segments, for the views over them and for a packed
-file.
+"""The tables of a run: one definition for segments, for the views over them and for a packed file.
 
 Lists keep a row per (step, layer) instead of one per expert or token: 1.5 bytes a routing decision instead of
 16. A change of any column is a new SCHEMA_VERSION; readers refuse versions they do not know instead of

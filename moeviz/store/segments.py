@@ -39,9 +39,7 @@ def write_segment(
     sync: bool = False,
     row_groups: list[int] | None = None,
 ) -> Path:
-    """Write `table` as `folder/name`, atomically. Raises OSError when the disk refuses; nothing is left
-    behind.
-    """
+    """Write `table` as `folder/name`, atomically. Raises OSError and leaves nothing when the disk refuses."""
     final = folder / str(name)
     temporary = folder / f".{name}.tmp"
     try:

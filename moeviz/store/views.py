@@ -29,9 +29,7 @@ SELECT step, rank, layer, seq, i // k AS pos, i % k AS slot, experts[i + 1] AS e
 FROM (SELECT step, rank, layer, seq, k, experts, weights, weight_scale, unnest(range(len(experts))) AS i FROM
 routing)
 """
-"""`decisions`: routing with a row per (token, layer, slot). Filters on step, layer and seq go below the
-unnest.
-"""
+"""`decisions`: routing with a row per (token, layer, slot). Filters go below the unnest."""
 
 _COVER_SQL = r"""
 WITH names AS (

@@ -76,9 +76,7 @@ class SegmentWriter:
             remove_temporaries(self.path / table, rank)
 
     def write(self, record: Record) -> None:
-        """Buffer one record; flushes when a second has passed or 8 MB have gathered. Raises OSError if that
-        fails.
-        """
+        """Buffer one record; flushes after a second or 8 MB, and raises OSError if that fails."""
         if self._closed:
             raise MoevizError(f"the writer of {self.path} is closed; open a new SegmentWriter to write more")
         for table, batch in encode(record, self._num_experts):
