@@ -161,6 +161,25 @@ def test_long_series_are_thinned_for_sparklines_but_keep_their_ends(snapshot: Sn
     assert (spark[0], spark[-1]) == (0, 4999)
 
 
+def test_sparklines_of_bounded_quantities_keep_their_natural_range(snapshot: Snapshot) -> None:
+    tiles = {tile["label"]: tile for tile in header_data(snapshot)["tiles"]}
+    assert tiles["Lowest load entropy"]["limits"] == (0, 1)
+    assert tiles["Largest load"]["limits"] == (0, 6 / K)
+    assert tiles["Loss"]["limits"] == [2.25, 5.0]
+
+
+def test_recorder_cost_is_the_usual_one_where_it_is_recorded(snapshot: Snapshot) -> None:
+    cost = Series(steps=np.arange(3), values=np.array([0.2, 9.0, 0.3]))
+    tile = header_data(replace(snapshot, scalars={"recorder_ms": cost}))["tiles"][5]
+    assert (tile["value"], tile["detail"]) == ("0.30 ms", "7 samples dropped")
+
+
+def test_open_alerts_are_counted_in_words_and_shapes(snapshot: Snapshot) -> None:
+    alerts = (alert(0, severity="critical"), alert(1), alert(2), alert(None, severity="info"))
+    alarms = header_data(replace(snapshot, alerts=alerts))["alarms"]
+    assert [alarm["text"] for alarm in alarms] == ["● 1 CRITICAL", "▲ 2 WARNING"]
+
+
 def test_a_waiting_run_has_no_tiles(snapshot: Snapshot) -> None:
     data = header_data(replace(snapshot, step=-1, state="waiting", scalars={}))
     assert data["tiles"] == []
@@ -178,8 +197,9 @@ def test_map_levels_are_the_colour_table_of_the_project(snapshot: Snapshot) -> N
 
 def test_map_carries_loads_and_history(snapshot: Snapshot) -> None:
     data = load_map_data(snapshot)
-    loads = unpack(data["load"], "f4").reshape(L, 6)
-    assert loads[1].tolist() == snapshot.load_rel_LE[1].tolist()
+    loads = unpack(data["load"], "u2").reshape(L, 6) * data["unit"]
+    assert np.abs(loads - np.nan_to_num(snapshot.load_rel_LE)).max() <= data["unit"]
+    assert data["unit"] < 1e-4
     history = unpack(data["history"], "u1").reshape(T, L) / 254
     assert np.abs(history - snapshot.load_entropy_TL).max() < 0.003
     assert data["steps"] == [1056, 1057, 1058, 1059, 1060]

@@ -61,8 +61,9 @@ if one is not None:
     series = data.until(
         data.ask(picked.path, picked.step, "metric_over_time", name=one.id, points=400), picked
     )
+    floor, limits = noise.floor(one.id, *shape), (0.0, 1.02) if one.unit.startswith("fraction") else None
     curves = plots.metric_curves(
-        series.frame, label=one.unit, layer=picked.layer, floor=noise.floor(one.id, *shape), theme=theme
+        series.frame, label=one.unit, layer=picked.layer, floor=floor, limits=limits, theme=theme
     )
     draw(
         f"{one.name} of all layers",

@@ -59,7 +59,7 @@ class Attention {
     for (let query = 0; query < rows; query++)
       for (let key = 0; key < (causal ? query + 1 : cols); key++) {
         pen.fillStyle = this.tone(this.weight(query, key));
-        pen.fillRect(this.size.margin + key * this.size.col, TOP + query * this.size.row, this.size.col + 0.3, this.size.row + 0.3);
+        pen.fillRect(this.size.margin + key * this.size.col, TOP + query * this.size.row, this.size.col + 0.7, this.size.row + 0.7);
       }
     pen.strokeStyle = ink.faint;
     pen.strokeRect(this.size.margin - 0.5, TOP - 0.5, side + 1, side + 1);

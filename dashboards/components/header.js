@@ -15,6 +15,7 @@ class Header {
     state.dataset.state = data.state;
     state.querySelector("b").textContent = data.word;
     state.querySelector("span").textContent = data.behind;
+    this.find(".alarms").replaceChildren(...data.alarms.map(({ severity, text }) => make("span", severity, text)));
     this.find(".facts").replaceChildren(...data.facts.flatMap(([before, value, after], i) =>
       [(i ? "\u2002·\u2002" : "") + before, make("b", "", value), after]));
     const progress = this.find(".progress");
@@ -26,14 +27,14 @@ class Header {
     this.draw();
   }
 
-  tile(index, { label, value, detail, help, tone, spark }) {
+  tile(index, { label, value, detail, help, tone, spark, limits }) {
     const nodes = (this.tiles[index] ??= this.build());
     nodes.box.dataset.tone = tone;
     nodes.box.title = help;
     nodes.label.textContent = label;
     nodes.value.textContent = value;
     nodes.detail.textContent = detail;
-    nodes.spark = spark;
+    Object.assign(nodes, { spark, limits });
   }
 
   build() {
@@ -49,11 +50,10 @@ class Header {
     return { box, label, value, detail, svg, path, dot };
   }
 
-  line({ svg, path, dot, box, spark: values }) {
+  line({ svg, path, dot, box, spark: values, limits: [low, high] }) {
     svg.style.display = values.length > 1 ? "block" : "none";
     if (values.length < 2) return;
     const [width, height] = [box.clientWidth * 0.4, 22];
-    const [low, high] = [Math.min(...values), Math.max(...values)];
     const span = high - low || 1;
     const points = values.map((v, i) => [(i / (values.length - 1)) * width, height - ((v - low) / span) * height]);
     path.setAttribute("d", points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join(""));

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from dashboards.components import component, duration, grouped
 from moeviz.alerts.config import AlertConfig
+from moeviz.colors import SEVERITY_MARKS
 from moeviz.live import Snapshot
 from moeviz.metrics.load import starved_line
+from moeviz.records import Severity
 
 DEAD_BELOW = AlertConfig().dead_line
 """Smoothed relative load under which an expert counts as dead (the line of the EXPERT_DEAD rule)."""
 _SPARK_POINTS = 60
 _WORDS = {"waiting": "waiting", "live": "live", "stale": "stale", "ended": "ended", "dead": "presumed dead"}
-_TONES = ("critical", "error", "warning")
+_TONES: tuple[Severity, ...] = ("critical", "error", "warning")
 
 
 def header(snapshot: Snapshot) -> None:
@@ -36,6 +39,7 @@ def header_data(snapshot: Snapshot) -> dict[str, Any]:
         "state": snapshot.state,
         "word": _WORDS[snapshot.state],
         "behind": _behind(snapshot),
+        "alarms": _alarms(snapshot),
         "facts": facts,
         "progress": min(1.0, (snapshot.step + 1) / planned) if planned else 0.0,
         "planned": f"{grouped(snapshot.step + 1)} of {grouped(planned)} planned steps"
@@ -60,14 +64,23 @@ def tiles(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def _tile(
-    label: str, value: str, detail: str, help: str, *, tone: str = "", spark: Any = ()
+    label: str,
+    value: str,
+    detail: str,
+    help: str,
+    *,
+    tone: str = "",
+    spark: Any = (),
+    limits: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
+    """One tile. `limits` are those of the sparkline: a quantity with a natural range must not look wild when flat."""
     recent = np.asarray(spark, dtype=np.float64)
     recent = recent[np.isfinite(recent)]
     if len(recent) > _SPARK_POINTS:
         recent = recent[np.linspace(0, len(recent) - 1, _SPARK_POINTS).round().astype(int)]
     line = [float(f"{point:.5g}") for point in recent]
-    return {"label": label, "value": value, "detail": detail, "help": help, "tone": tone, "spark": line}
+    text = {"label": label, "value": value, "detail": detail, "help": help, "tone": tone}
+    return {**text, "spark": line, "limits": limits or ([min(line), max(line)] if line else [0, 1])}
 
 
 def _loss(snapshot: Snapshot) -> dict[str, Any]:
@@ -90,6 +103,7 @@ def _entropy(snapshot: Snapshot) -> dict[str, Any]:
         "Entropy of the load over experts divided by its maximum ln E; 1 is even. Effective experts: exp(entropy).",
         tone=_layer_tone(snapshot, layer),
         spark=snapshot.load_entropy_TL[:, layer],
+        limits=(0, 1),
     )
 
 
@@ -105,6 +119,7 @@ def _largest(snapshot: Snapshot) -> dict[str, Any]:
         "Load of the busiest expert in units of the even share 1/E; E/K is the most possible.",
         tone=_layer_tone(snapshot, layer),
         spark=snapshot.max_load_TL[:, layer],
+        limits=(0, width / top_k),
     )
 
 
@@ -147,6 +162,16 @@ def _recorder(snapshot: Snapshot) -> dict[str, Any]:
         return _tile("Recorder", grouped(lost), "samples dropped", help, tone="warning" if lost else "")
     value = f"{float(np.median(cost.values)):.2f} ms"
     return _tile("Recorder, per step", value, detail, help, tone="warning" if lost else "", spark=cost.values)
+
+
+def _alarms(snapshot: Snapshot) -> list[dict[str, str]]:
+    """Open alerts by severity, worst first: `● 2 CRITICAL`."""
+    found = Counter(alert.severity for alert in snapshot.open_alerts)
+    return [
+        {"severity": severity, "text": f"{SEVERITY_MARKS[severity]} {found[severity]} {severity.upper()}"}
+        for severity in _TONES
+        if found[severity]
+    ]
 
 
 def _layer_tone(snapshot: Snapshot, layer: int) -> str:

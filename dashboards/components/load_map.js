@@ -23,8 +23,8 @@ class LoadMap {
     this.select = setStateValue;
     this.data = data;
     this.level = decode(data.level);
-    this.load = decode(data.load, Float32Array);
-    this.smooth = decode(data.smooth, Float32Array);
+    this.load = decode(data.load, Uint16Array);
+    this.smooth = decode(data.smooth, Uint16Array);
     this.history = decode(data.history);
     this.canvas.setAttribute("aria-label", data.alt);
     this.legend();
@@ -164,10 +164,10 @@ class LoadMap {
   describe({ layer, expert, tick }) {
     if (expert !== null) {
       const index = layer * this.data.experts + expert;
-      const load = this.load[index], share = load / this.data.widths[layer];
+      const load = this.load[index] * this.data.unit, share = load / this.data.widths[layer];
       return [["strong", `Layer ${layer} · Expert ${expert}`],
-        ["", load === 0 ? "no token at this step (dead mark ×)" : `${times(load)} the even share`],
-        ["muted", `${percent(share)} of assignments · ${times(this.smooth[index])} smoothed`]];
+        ["", this.level[index] === 0 ? "no token at this step (dead mark ×)" : `${times(load)} the even share`],
+        ["muted", `${percent(share)} of assignments · ${times(this.smooth[index] * this.data.unit)} smoothed`]];
     }
     const value = tick === null ? null : this.history[tick * this.data.layers + layer];
     if (value === null || value === 255) return [["strong", `Layer ${layer}`], ["muted", "click to select"]];

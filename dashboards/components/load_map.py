@@ -37,14 +37,16 @@ def load_map_data(snapshot: Snapshot) -> dict[str, Any]:
     """The heat map and the entropy rows, packed; everything that changes only when the revision does."""
     layers, experts = snapshot.load_rel_LE.shape
     band = noise_log2(snapshot)
+    unit = max(layer.num_experts / layer.top_k for layer in snapshot.info.layers) / 65535  # of two bytes
     history_TL = snapshot.load_entropy_TL
     return {
         "layers": layers,
         "experts": experts,
         "widths": [layer.num_experts for layer in snapshot.info.layers],
         "level": pack(load_level(snapshot.load_rel_LE, band) + 1, "u1"),
-        "load": pack(np.nan_to_num(snapshot.load_rel_LE), "f4"),
-        "smooth": pack(np.nan_to_num(snapshot.load_rel_ema_LE), "f4"),
+        "load": pack(np.rint(np.nan_to_num(snapshot.load_rel_LE) / unit), "u2"),
+        "smooth": pack(np.rint(np.nan_to_num(snapshot.load_rel_ema_LE) / unit), "u2"),
+        "unit": unit,
         "history": pack_unit(history_TL),
         "steps": [int(step) for step in snapshot.history_steps_T],
         "entropy": [f"{value:.2f}".replace("0.", ".") if value < 1 else "1.0" for value in history_TL[-1]],
