@@ -1,0 +1,143 @@
+"""Sums over tokens against loops in float64, one token at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moeviz.capture.reading import Reading
+from moeviz.capture.reduce import TOKEN_SUMS, RoutingSums, scores_of, stack, sum_decisions
+from moeviz.metrics import decision
+from moeviz.records import ScoreFunction
+
+L, T, E, K = 3, 11, 5, 2
+SCORES: list[ScoreFunction] = ["softmax", "sigmoid", "softmax_topk", "unknown"]
+
+
+def readings(score: ScoreFunction, bias_LE: torch.Tensor | None, seed: int = 0) -> list[Reading]:
+    """L layers that route the way their score function says."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for layer in range(L):
+        logits_TE = 2 * torch.randn(T, E, generator=generator)
+        ranking_TE = logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(-1)
+        choice_TE = ranking_TE if bias_LE is None else ranking_TE + bias_LE[layer]
+        ids_TK = choice_TE.topk(K, dim=-1).indices
+        found.append(Reading(logits_TE, ranking_TE.gather(-1, ids_TK), ids_TK))
+    return found
+
+
+def by_loop(
+    reading: Reading, score: ScoreFunction, bias_E: torch.Tensor | None, valid_T: torch.Tensor
+) -> dict[str, np.ndarray]:
+    """The definitions of the metrics, token by token in float64."""
+    kind = "sigmoid" if score == "sigmoid" else "softmax"
+    sums = {name: np.zeros(E) for name in ("counts", "prob_sum", "weight_sum")}
+    sums |= {name: np.zeros(()) for name in TOKEN_SUMS}
+    for token in np.flatnonzero(valid_T.numpy()):
+        z_E = reading.logits_TE[token].double().numpy()
+        p_E = decision.normalised_scores(z_E[None], kind)[0]
+        rank_E = 1 / (1 + np.exp(-z_E)) if kind == "sigmoid" else p_E
+        rank_E = rank_E + (0 if bias_E is None else bias_E.double().numpy())
+        ids_K = reading.expert_ids_TK[token].tolist()
+        for slot, expert in enumerate(ids_K):
+            sums["counts"][expert] += 1
+            sums["weight_sum"][expert] += float(reading.weights_TK[token, slot])
+        sums["prob_sum"] += p_E
+        sums["entropy_nats"] -= (p_E * np.log(p_E)).sum()
+        sums["lse_squared"] += np.log(np.exp(z_E).sum()) ** 2
+        sums["confidence"] += p_E.max()
+        others = [expert for expert in range(E) if expert not in ids_K]
+        sums["margin"] += rank_E[ids_K].min() - rank_E[others].max()
+    return sums
+
+
+def named(sums: RoutingSums, layer: int) -> dict[str, np.ndarray]:
+    values = {
+        "counts": sums.counts_LE[layer],
+        "prob_sum": sums.prob_sum_LE[layer],
+        "weight_sum": sums.weight_sum_LE[layer],
+    }
+    values |= {name: sums.token_sums_NL[row, layer] for row, name in enumerate(TOKEN_SUMS)}
+    return {name: value.numpy() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sums_equal_a_loop_over_tokens(score: ScoreFunction, biased: bool, padded: bool) -> None:
+    bias_LE = torch.randn(L, E, generator=torch.Generator().manual_seed(1)) if biased else None
+    valid_T = torch.ones(T, dtype=torch.bool)
+    if padded:
+        valid_T[[0, 4, 9, 10]] = False
+    found = readings(score, bias_LE)
+    sums = sum_decisions(stack(found), score, bias_LE, valid_T if padded else None)
+    for layer, reading in enumerate(found):
+        truth = by_loop(reading, score, None if bias_LE is None else bias_LE[layer], valid_T)
+        for name, value in named(sums, layer).items():
+            np.testing.assert_allclose(value, truth[name], rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_rows_of_counts_sum_to_tokens_times_k() -> None:
+    sums = sum_decisions(stack(readings("softmax", None)), "softmax")
+    assert sums.counts_LE.dtype == torch.int64
+    assert (sums.counts_LE.sum(-1) == T * K).all()
+
+
+@pytest.mark.parametrize("cut", [1, 4, 10])
+def test_micro_batches_add_up(cut: int) -> None:
+    found = readings("sigmoid", None)
+    whole = sum_decisions(stack(found), "sigmoid")
+    parts = [
+        sum_decisions(stack([Reading(*(x[span] for x in r[:3])) for r in found]), "sigmoid")
+        for span in (slice(0, cut), slice(cut, T))
+    ]
+    for together, first, second in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(together, first + second)
+
+
+def test_uniform_router_has_entropy_log_e_and_no_margin() -> None:
+    reading = Reading(torch.zeros(T, E), torch.full((T, K), 0.5), torch.arange(K).expand(T, K))
+    values = named(sum_decisions(stack([reading]), "softmax"), 0)
+    assert values["entropy_nats"] / T == pytest.approx(np.log(E))
+    assert values["lse_squared"] / T == pytest.approx(np.log(E) ** 2)
+    assert values["margin"] == pytest.approx(0)
+
+
+def test_logits_beyond_the_range_of_exp_stay_finite() -> None:
+    logits_TE = torch.tensor([[300.0, -300.0, 0.0]])
+    reading = Reading(logits_TE, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long))
+    for score in SCORES:
+        scores = scores_of(stack([reading]).logits_LTE, score)
+        assert all(torch.isfinite(part).all() for part in scores)
+        assert float(scores.lse_LT) == pytest.approx(300)
+
+
+def test_padding_that_holds_nan_changes_nothing() -> None:
+    found = readings("softmax", None)
+    valid_T = torch.ones(T, dtype=torch.bool)
+    valid_T[3] = False
+    clean = sum_decisions(stack(found), "softmax", valid_T=valid_T)
+    for reading in found:
+        reading.logits_TE[3] = float("nan")
+        reading.weights_TK[3] = float("nan")
+    assert all(map(torch.equal, clean, sum_decisions(stack(found), "softmax", valid_T=valid_T)))
+
+
+def test_all_experts_selected_or_unranked_has_no_margin() -> None:
+    everyone = Reading(torch.randn(T, K), torch.ones(T, K), torch.arange(K).expand(T, K))
+    assert torch.isnan(sum_decisions(stack([everyone]), "softmax").token_sums_NL[-1]).all()
+    sums = sum_decisions(stack(readings("softmax", None)), "softmax", ranked=False)
+    assert torch.isnan(sums.token_sums_NL[-1]).all()
+    assert not torch.isnan(sums.token_sums_NL[:-1]).any()
+
+
+def test_dropped_slots_are_counted_where_they_were_wanted() -> None:
+    ids_TK = torch.tensor([[0, 1], [0, 2], [0, 1]])
+    dropped_TK = torch.tensor([[False, False], [True, False], [True, True]])
+    weights_TK = torch.ones(3, 2).masked_fill(dropped_TK, 0.0)
+    sums = sum_decisions(stack([Reading(torch.zeros(3, 3), weights_TK, ids_TK, dropped_TK)]), "softmax")
+    assert sums.counts_LE.tolist() == [[3, 2, 1]]
+    assert sums.dropped_LE.tolist() == [[2, 1, 0]]
+    assert sums.weight_sum_LE.tolist() == [[1, 1, 1]]
