@@ -150,7 +150,12 @@ _CORES: Mapping[AttentionKernel, type[AttentionCore]] = MappingProxyType(
 
 
 def build_core(config: ModelConfig, layer: int) -> AttentionCore:
-    """The core that `config.attention_kernel` names; auto: flash where it is installed, SDPA else."""
+    """The core that `config.attention_kernel` names; auto: flash where it is installed, SDPA else.
+
+    Raises ModuleNotFoundError for flash where flash-attn is not installed.
+    """
     if config.attention_kernel == "auto":
         return (FlashCore if flash_is_installed() else SdpaCore)(config, layer)
+    if config.attention_kernel == "flash":
+        _flash_attn()
     return _CORES[config.attention_kernel](config, layer)
