@@ -6,6 +6,11 @@ the keys of its own chunk up to itself, in one softmax. So nothing is read befor
 the same at any length, and a cache is the latents and one open chunk. Non-causal ancestors: Set Transformer's
 inducing points (arXiv:1810.00825) and Luna (arXiv:2106.01540).
 
+Without chunks each latent would be a running mean of the whole past, exact at every position. That costs
+more than plain attention (2,048 positions, 4 heads, one core, forward and backward: 312 ms as cumulative sums,
+164 ms plain, 29 ms in chunks of 64) and reads no token exactly: after 300 steps on source code a small model
+stood at 2.67 nats a byte, against 2.28 with plain attention and 2.24 in chunks of 16 or 32.
+
 Positions count from the start of a chunk: in it distances are exact, and latents, read without position,
 stand at its start. N counts chunks, M latents, W positions of a chunk.
 """
