@@ -106,6 +106,16 @@ def test_a_damaged_file_is_neither_merged_nor_deleted(path: Path) -> None:
     assert steps == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
 
 
+def test_what_a_killed_merge_left_half_written_is_cleaned(path: Path) -> None:
+    leftover = path / "routing" / ".r0-a0.0-n1.8-s0.7-l1-9.parquet.tmp"
+    leftover.write_bytes(b"half")
+    flushing = path / "routing" / ".r0-a0.0-n12.12-s11.11-l0-9.parquet.tmp"
+    flushing.write_bytes(b"the writer is at it")
+    compact_run(path, RULES)
+    assert not leftover.exists()
+    assert flushing.exists()
+
+
 def test_only_one_process_merges(path: Path) -> None:
     with run_lock(path) as held:
         assert held

@@ -104,6 +104,8 @@ def compact_run(path: str | Path, rules: Rules = RULES, now: float | None = None
 
 
 def _compact_table(folder: Path, table: str, rules: Rules, now: float) -> tuple[int, int, int]:
+    for leftover in folder.glob(".r*-l[12]-*.tmp"):  # of a merge that was killed: the lock is ours now
+        leftover.unlink(missing_ok=True)
     names = segment_names(folder)
     merged = written = 0
     for group in _ripe(folder, names, rules):

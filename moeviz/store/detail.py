@@ -94,34 +94,36 @@ def _read(folder: Path, now: float, columns: list[str] | None = None) -> list[pa
 
 def _bucket(folder: Path, loads: list[Covered], start: int, stop: int) -> pa.Table | None:
     """Rows of one bucket, one per layer, from the loads of its steps (summed over ranks)."""
-    sums: dict[tuple[int, int], np.ndarray] = {}
+    parts = []
     for one in loads:
         below = stop if one.below_step is None else min(stop, one.below_step)
-        if one.name.last_step < start or one.name.first_step >= below:
-            continue
-        wanted = [("step", ">=", start), ("step", "<", below)]
-        rows = read_segment(folder, one.name, columns=["step", "layer", "counts"], filters=wanted)
-        steps, layers = rows["step"].to_pylist(), rows["layer"].to_pylist()
-        for step, layer, counts in zip(steps, layers, rows["counts"], strict=True):
-            counts_E = counts.values.to_numpy(zero_copy_only=False).astype(np.uint64)
-            key = (layer, step)
-            sums[key] = sums[key] + counts_E if key in sums else counts_E
-    layers = sorted({layer for layer, _ in sums})
-    rows_of = [
-        _layer_row(start, stop - start, one, [v for (k, _), v in sums.items() if k == one]) for one in layers
-    ]
-    return pa.Table.from_pylist(rows_of, schema=segment_schema("load_lod", "")) if rows_of else None
+        if one.name.last_step >= start and one.name.first_step < below:
+            wanted = [("step", ">=", start), ("step", "<", below)]
+            parts.append(read_segment(folder, one.name, columns=["step", "layer", "counts"], filters=wanted))
+    rows = pa.concat_tables(parts).combine_chunks() if parts else None
+    if rows is None or rows.num_rows == 0:
+        return None
+    steps, layers = rows["step"].to_numpy(), rows["layer"].to_numpy()
+    counts = rows["counts"].combine_chunks()
+    made = []
+    for layer in np.unique(layers):
+        at = np.flatnonzero(layers == layer)
+        _, step_of = np.unique(steps[at], return_inverse=True)
+        counts_RE = counts.take(pa.array(at)).flatten().to_numpy().reshape(len(at), -1)
+        counts_TE = np.zeros((step_of.max() + 1, counts_RE.shape[1]), dtype=np.uint64)
+        np.add.at(counts_TE, step_of, counts_RE.astype(np.uint64))
+        made.append(_layer_row(start, stop - start, int(layer), counts_TE))
+    return pa.Table.from_pylist(made, schema=segment_schema("load_lod", ""))
 
 
-def _layer_row(start: int, span: int, layer: int, counts: list[np.ndarray]) -> dict[str, object]:
-    counts_TE = np.stack(counts)
+def _layer_row(start: int, span: int, layer: int, counts_TE: np.ndarray) -> dict[str, object]:
     total_T1 = counts_TE.sum(1, keepdims=True)
     rel_TE = counts_TE * counts_TE.shape[1] / np.maximum(total_T1, 1)
     return {
         "step": start,
         "span": span,
         "layer": layer,
-        "steps": len(counts),
+        "steps": len(counts_TE),
         "assignments": int(total_T1.sum()),
         "counts": counts_TE.sum(0),
         "lo": rel_TE.min(0).astype(np.float32),

@@ -88,18 +88,12 @@ def unpack_run(path: str | Path) -> None:
     info = read_info(path)
     if not info.packed:
         raise MoevizError(f"{path} is not packed; there is nothing to unpack")
-    connection = connect()
-    try:
-        connection.execute(f"ATTACH '{quoted(path / DATABASE_FILE)}' AS packed (READ_ONLY)")
-        for table in TABLES:
-            (path / table).mkdir(exist_ok=True)
-            for name in segment_names(path / table):
-                (path / table / name).unlink()
-            _write_segment(connection, path, table, info)
-    finally:
-        connection.close()
-    write_info(path, replace(info, packed=False))
-    write_database(path)
+    with run_lock(path, wait_seconds=60.0) as held:
+        if not held:
+            raise MoevizError(f"another process is merging or packing {path}; try again when it is done")
+        _write_segments(path, info)
+        write_info(path, replace(info, packed=False))
+        write_database(path)
 
 
 def _require_finished(store: Store, path: Path) -> None:
@@ -140,6 +134,19 @@ def _build(store: Store, path: Path, info: RunInfo) -> tuple[Path, dict[str, int
     connection.close()
     _sync_file(temporary)
     return temporary, rows
+
+
+def _write_segments(path: Path, info: RunInfo) -> None:
+    connection = connect()
+    try:
+        connection.execute(f"ATTACH '{quoted(path / DATABASE_FILE)}' AS packed (READ_ONLY)")
+        for table in TABLES:
+            (path / table).mkdir(exist_ok=True)
+            for name in segment_names(path / table):
+                (path / table / name).unlink()
+            _write_segment(connection, path, table, info)
+    finally:
+        connection.close()
 
 
 def _write_segment(connection: duckdb.DuckDBPyConnection, path: Path, table: str, info: RunInfo) -> None:
