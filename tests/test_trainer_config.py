@@ -26,7 +26,7 @@ from trainer.config import (
 )
 
 TRAINER_FLAGS = """
---preset --run --resume --max-steps --seed --log-routing --log-every
+--preset --run --resume --max-steps --max-minutes --seed --log-routing --log-every
 --train-data --val-data --tokenizer --validation-fraction --bytes-per-domain --domain-weights
 --seq-len --batch-size --gradient-accumulation-steps
 --learning-rate --weight-decay --beta1 --beta2 --adam-eps --grad-clip

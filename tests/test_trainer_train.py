@@ -110,6 +110,19 @@ def test_the_bias_moves_by_the_sign_of_the_missing_load_of_the_whole_step(tmp_pa
         )
 
 
+def test_a_run_out_of_time_ends_like_a_finished_one(plain: TrainResult, tmp_path: Path) -> None:
+    config = toy(tmp_path / "run")
+    result = train(replace(config, max_minutes=1e-9))
+    assert result.steps_done == 1
+    assert not result.interrupted
+    assert result.losses == plain.losses[:1]
+    assert set(result.evaluations) == {0, 1}
+    assert result.checkpoint is not None
+    assert result.checkpoint.name == "step-00000001"
+    with open_run(result.run) as store:
+        assert "ended" in set(store.sql("SELECT kind FROM events")["kind"])
+
+
 def test_validation_loss_is_cross_entropy_on_the_held_out_windows(plain: TrainResult) -> None:
     """Oracle: whole logits and torch's own cross-entropy; bytes counted by decoding."""
     assert plain.checkpoint is not None

@@ -205,6 +205,8 @@ class TrainConfig:
     """Continue a run or one of its checkpoints; without a value: the run of --run, else the newest."""
     max_steps: int = 400
     """Optimizer steps of the whole run."""
+    max_minutes: float | None = None
+    """End after so many minutes of training as if max_steps were reached, to fit a slot. None: no limit."""
     seed: int = 0
     """Decides initial weights and the order of the data."""
     log_routing: bool = False
@@ -232,6 +234,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_steps >= 1, f"max_steps={self.max_steps}", "is below 1; give the number of steps")
+        minutes = self.max_minutes
+        _require(
+            minutes is None or minutes > 0,
+            f"max_minutes={minutes}",
+            "is not positive; leave it out for no limit",
+        )
         _require(self.log_every >= 1, f"log_every={self.log_every}", "is below 1; 10 is usual")
         _require(self.seed >= 0, f"seed={self.seed}", "is negative; give 0 or a positive number")
 

@@ -28,7 +28,7 @@ _DEPTH = "depth-"
 
 
 def demo() -> TrainConfig:
-    """The two-minute tour: a 3M parameter model on seven domains, 400 steps of 16 x 128 tokens."""
+    """The two-minute tour: a 3M parameter model on thirteen domains, 400 steps of 16 x 128 tokens."""
     return TrainConfig(
         preset="demo",
         max_steps=400,

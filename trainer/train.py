@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from trainer.config import TrainConfig
 from trainer.evaluate import DomainLoss, evaluate, evaluation_scalars
 from trainer.interrupt import Interrupt
 from trainer.progress import Progress, Silent, StepReport
+
+Stop = Literal["interrupted", "time"]
+"""Why a run ends before its last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,12 @@ def train(
     step, saved = parts.first_step, None
     error: BaseException | None = None
     loop_started = time.monotonic()
+    stop: Stop | None = None
     try:
         with interrupt or Interrupt() as interrupt:
-            while step < config.max_steps and not _asked_to_stop(parts, interrupt):
+            while step < config.max_steps and not (
+                stop := _asked_to_stop(parts, interrupt, loop_started if losses else None)
+            ):
                 if _is_due(step, config.evaluation.eval_every):
                     evaluations[step] = _evaluate(parts, step, progress)
                 taken = take_step(parts, step)
@@ -77,9 +84,13 @@ def train(
                 step += 1
                 if _is_due(step, config.checkpoint.save_every):
                     saved = _save_or_warn(parts, step, progress) or saved
-            if step < config.max_steps:
+            if stop == "interrupted":
                 error = KeyboardInterrupt()
-            elif config.evaluation.eval_every:
+            elif stop == "time":
+                progress.note(
+                    f"time is up: {step} of {config.max_steps} steps in {config.max_minutes:g} minutes"
+                )
+            if stop != "interrupted" and config.evaluation.eval_every:
                 evaluations[step] = _evaluate(parts, step, progress)
             if saved is None or step_of(saved) != step:
                 saved = _save(parts, step)
@@ -225,6 +236,10 @@ def _save_or_warn(parts: Assembly, step: int, progress: Progress) -> Path | None
         return None
 
 
-def _asked_to_stop(parts: Assembly, interrupt: Interrupt) -> bool:
-    """Whether any rank was asked to: all of them stop after the same step."""
-    return bool(parts.engine.sum_ranks(torch.tensor(float(interrupt.requested), device=parts.engine.device)))
+def _asked_to_stop(parts: Assembly, interrupt: Interrupt, since: float | None) -> Stop | None:
+    """Whether any rank was asked to, or is out of time: all of them stop after the same step."""
+    minutes = parts.config.max_minutes
+    over = minutes is not None and since is not None and time.monotonic() - since >= 60 * minutes
+    wishes = torch.tensor([float(interrupt.requested), float(over)], device=parts.engine.device)
+    interrupted, out_of_time = parts.engine.sum_ranks(wishes).tolist()
+    return "interrupted" if interrupted else "time" if out_of_time else None

@@ -30,6 +30,8 @@ class DemoArguments:
     """Run folder to make (default: runs/demo-DATE-TIME)."""
     max_steps: int | None = None
     """Train this many steps instead of the preset's."""
+    max_minutes: float = 4.0
+    """End the training after so many minutes at most, on a machine too slow or too busy for all its steps."""
     view: Literal["auto", "tui", "text", "none"] = "auto"
     """How to watch: the terminal UI, printed text, or not at all; auto takes the terminal UI where it can."""
     dash: bool = False
@@ -44,24 +46,10 @@ def main(argv: list[str]) -> int:
     run = arguments.run or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     if run.exists() and any(run.iterdir()):
         raise MoevizError(f"{run} already holds something; name another folder with --run, or delete it")
-    log_path = run.with_name(run.name + ".log")
-    log_path.parent.mkdir(parents=True, exist_ok=True)
+    log_path = run / "train.log"
+    run.mkdir(parents=True, exist_ok=True)
     print(f"moeviz demo: training into {run} (its output: {log_path})", flush=True)
-    with log_path.open("w") as log:
-        command = [
-            sys.executable,
-            "-m",
-            "moeviz.cli",
-            "train",
-            "--preset",
-            "demo",
-            "--log-routing",
-            "--run",
-            str(run),
-        ]
-        if arguments.max_steps is not None:
-            command += ["--max-steps", str(arguments.max_steps)]
-        training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    training = _start(arguments, run, log_path)
     dash = _open_dash(run) if arguments.dash else None
     try:
         _watch(training, run, log_path, _choose_view(arguments.view))
@@ -82,6 +70,15 @@ def main(argv: list[str]) -> int:
         )
     _farewell(run)
     return 0
+
+
+def _start(arguments: DemoArguments, run: Path, log_path: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "moeviz.cli", "train", "--preset", "demo", "--log-routing"]
+    command += ["--run", str(run), "--max-minutes", f"{arguments.max_minutes:g}"]
+    if arguments.max_steps is not None:
+        command += ["--max-steps", str(arguments.max_steps)]
+    with log_path.open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 
 def _choose_view(view: str) -> str:
