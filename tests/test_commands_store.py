@@ -105,6 +105,16 @@ def test_show_of_a_run_without_steps_is_short(folder: Path, capsys: pytest.Captu
     assert "expert load" not in text
 
 
+def test_show_says_how_a_run_ended(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = new_run(folder / "runs" / "broken")
+    writer = SegmentWriter(path)
+    writer.write(event(0, "started"))
+    writer.write(event(3, "ended", status="failed"))
+    writer.close()
+    assert "ended (failed)" in run(capsys, "show", "broken")
+    assert json.loads(run(capsys, "show", "broken", "--json"))["ending"] == "failed"
+
+
 def test_alerts_open_first_with_their_remedy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "alerts", "old")
     assert text.index("CRITICAL") < text.index("expert 3 starves")

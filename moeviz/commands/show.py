@@ -61,6 +61,7 @@ def gather(store: Store, step: int | None = None) -> dict[str, Any]:
 
     info, newest = store.info, queries.last_step(store)
     last_ts, interval = queries.step_rhythm(store)
+    ending = queries.end_status(store)
     at = newest if step is None else step
     layers = _layers(store, at) if at is not None else []
     if step is not None and not layers:
@@ -73,7 +74,8 @@ def gather(store: Store, step: int | None = None) -> dict[str, Any]:
     return {
         "name": info.name,
         "path": str(store.path),
-        "state": queries.run_state(last_ts, interval, queries.has_ended(store), time.time()),
+        "state": queries.run_state(last_ts, interval, ending is not None, time.time()),
+        "ending": ending or None,
         "created": info.created,
         "family": info.model.family,
         "num_parameters": info.model.num_parameters,
@@ -143,6 +145,10 @@ def _print_page(store: Store, facts: dict[str, Any]) -> None:
         console.print()
         console.print(Rule("[bold]numbers[/]", align="left", style="dim"))
         console.print(Padding(_scalars(facts["scalars"]), (0, 1)))
+        if any("/" in name for name in facts["scalars"]):
+            console.print()
+            console.print(Rule("[bold]numbers by domain[/]", align="left", style="dim"))
+            console.print(Padding(_scalars_by_domain(facts["scalars"]), (0, 1)))
     console.print()
     alerts = alert_records(store)
     still_open = [alert for alert in alerts if alert.cleared_step is None]
@@ -160,7 +166,9 @@ def _header(facts: dict[str, Any]) -> RenderableType:
 
     state = facts["state"]
     title = Text(f" {facts['name']}", style="bold")
-    title.append(f"  {STATE_MARKS[state]} {state}", style=STATE_STYLES[state])
+    ending = f" ({facts['ending']})" if facts["ending"] not in (None, "finished") else ""
+    style = "bold red" if facts["ending"] == "failed" else STATE_STYLES[state]
+    title.append(f"  {STATE_MARKS[state]} {state}{ending}", style=style)
     if facts["last_step"] is not None:
         title.append(f"  step {facts['last_step']:,}")
         if facts["planned_steps"]:
@@ -185,11 +193,12 @@ def _header(facts: dict[str, Any]) -> RenderableType:
 def _scalars(scalars: dict[str, dict[str, list[float]]]) -> RenderableType:
     from rich.table import Table
 
-    grid = Table.grid(padding=(0, 3, 0, 0))
-    for column in range(4):
-        grid.add_column(no_wrap=True, justify="right" if column == 1 else "left")
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for column, width in enumerate((18, 9, 8, 20)):
+        grid.add_column(no_wrap=True, justify="right" if column == 1 else "left", min_width=width)
     first = [name for name in _SHOWN_SCALARS if name in scalars]
-    for name in [*first, *sorted(set(scalars) - set(first))]:
+    rest = sorted(name for name in set(scalars) - set(first) if "/" not in name)
+    for name in [*first, *rest]:
         values = scalars[name]["value"]
         low, high = np.nanmin(values), np.nanmax(values)
         grid.add_row(
@@ -198,6 +207,26 @@ def _scalars(scalars: dict[str, dict[str, list[float]]]) -> RenderableType:
             f"[cyan]{spark(values)}[/cyan]",
             f"[dim]{_readable(low)} to {_readable(high)}[/dim]",
         )
+    return grid
+
+
+def _scalars_by_domain(scalars: dict[str, dict[str, list[float]]]) -> RenderableType:
+    """Scalars named `QUANTITY/DOMAIN`: a row per domain, first and last value of each quantity."""
+    from rich.table import Table
+
+    quantities = sorted({name.partition("/")[0] for name in scalars if "/" in name}, reverse=True)
+    domains = dict.fromkeys(name.partition("/")[2] for name in scalars if "/" in name)
+    grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    grid.add_column("", no_wrap=True)
+    for quantity in quantities:
+        grid.add_column(quantity, justify="right", no_wrap=True)
+    for domain in domains:
+        cells = []
+        for quantity in quantities:
+            values = scalars.get(f"{quantity}/{domain}", {}).get("value", [])
+            ends = f"[dim]{_readable(values[0])} →[/] [bold]{_readable(values[-1])}[/]" if values else ""
+            cells.append(ends)
+        grid.add_row(domain, *cells)
     return grid
 
 

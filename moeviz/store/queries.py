@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from moeviz.store.queries_loads import last_step, load_history, load_matrix, load_over_time, step_range
 from moeviz.store.queries_paths import coactivation, expert_tokens, transitions
-from moeviz.store.queries_runs import has_ended, list_runs, run_state, step_rhythm
+from moeviz.store.queries_runs import end_status, has_ended, list_runs, run_state, step_rhythm
 from moeviz.store.queries_series import (
     alert_records,
     alerts,
@@ -35,6 +35,7 @@ __all__ = [
     "attention_map",
     "coactivation",
     "dropped_samples",
+    "end_status",
     "events",
     "expert_tokens",
     "has_ended",

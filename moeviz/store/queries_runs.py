@@ -72,13 +72,18 @@ def step_rhythm(store: Store, steps: int = 50) -> tuple[float | None, float]:
 
 def has_ended(store: Store) -> bool:
     """Whether the last thing that the run said about itself is that it ended."""
-    kinds = store.frame(
+    return end_status(store) is not None
+
+
+def end_status(store: Store) -> str | None:
+    """How the run ended by its own words (`finished`, `failed`, `interrupted`, or empty); None while it did not."""
+    said = store.frame(
         lambda: (
-            f"""SELECT kind FROM {store.source("events")}
+            f"""SELECT kind, coalesce(detail->>'status', '') AS status FROM {store.source("events")}
         WHERE kind IN ('started', 'resumed', 'ended') ORDER BY ts DESC LIMIT 1"""
         )
-    )["kind"]
-    return len(kinds) > 0 and kinds.iloc[0] == "ended"
+    )
+    return str(said["status"].iloc[0]) if len(said) and said["kind"].iloc[0] == "ended" else None
 
 
 def list_runs(folder: str | Path) -> pd.DataFrame:
