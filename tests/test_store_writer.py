@@ -253,3 +253,44 @@ def test_a_writer_wants_a_run_and_a_known_attempt(tmp_path: Path) -> None:
     assert SegmentWriter(path)._attempt.number == 1
     with pytest.raises(MoevizError, match=r"attempt 7 is not one of the run's \(0, 1\)"):
         SegmentWriter(path, attempt=7)
+
+
+def test_a_long_run_gets_a_sidecar_that_leaves_with_its_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_SIDECAR_SEGMENTS", 12)
+    path = new_run(tmp_path / "run", ranks=2)
+    other = SegmentWriter(path, rank=1, flush_seconds=1e9)
+    without = SegmentWriter(path, flush_seconds=1e9, sidecar=False)
+    writer = SegmentWriter(path, flush_seconds=1e9)
+    write_steps(other, range(4), rank=1)
+    write_steps(without, range(4))
+    write_steps(writer, range(4, 5))
+    assert other._sidecar is without._sidecar is writer._sidecar is None
+    write_steps(writer, range(5, 8))
+    sidecar = writer._sidecar
+    assert sidecar is not None
+    assert sidecar.poll() is None
+    writer.close()
+    assert sidecar.poll() is not None
+
+
+def test_a_full_disk_is_not_tried_again_at_every_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, disk = new_run(tmp_path / "run"), FullDisk()
+    tries: list[str] = []
+    monkeypatch.setattr(
+        writer_module, "write_segment", lambda folder, *rest: tries.append("") or disk(folder, *rest)
+    )
+    writer = SegmentWriter(path, flush_seconds=1e9, flush_bytes=1)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(event(0, "checkpoint"))
+    for step in range(50):
+        writer.write(event(step, "checkpoint"))
+    assert len(tries) == 1
+    disk.full = False
+    writer.flush()
+    assert writer.stats.rows == 51
+    writer.write(event(51, "checkpoint"))
+    assert len(tries) == 3

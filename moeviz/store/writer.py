@@ -6,6 +6,7 @@ It neither opens nor imports DuckDB, takes no lock and talks to nobody: readers 
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +19,15 @@ from moeviz.records import Record
 from moeviz.store.background import BackgroundSink
 from moeviz.store.cover import SegmentName
 from moeviz.store.encode import encode
-from moeviz.store.run import Attempt, RunInfo, read_info
+from moeviz.store.run import Attempt, RunInfo, read_info, start_compactor
 from moeviz.store.schema import TABLES, segment_schema
 from moeviz.store.segments import remove_temporaries, segment_names, write_segment
 
 __all__ = ["BackgroundSink", "SegmentWriter", "WriterStats"]
+
+
+_SIDECAR_SEGMENTS = 500
+"""Segments (of all tables) after which merging them pays: about a minute and a half of training."""
 
 
 class WriterStats(NamedTuple):
@@ -52,13 +57,23 @@ class SegmentWriter:
         flush_seconds: float = 1.0,
         flush_bytes: float = 8e6,
         retry_bytes: float = 256e6,
+        sidecar: bool = True,
     ) -> None:
-        """Open the run folder `run_path` for `rank`; `attempt` defaults to the newest one of run.json.
+        """Open a run folder for one rank.
+
+        Args:
+            run_path: the folder, made by `create_run`.
+            rank: number of this process.
+            attempt: which attempt of run.json writes; None: the newest.
+            flush_seconds: how long rows wait at most for the next write to flush them.
+            flush_bytes: how many bytes of them.
+            retry_bytes: how many are kept while the disk refuses them.
+            sidecar: rank 0 starts the process that merges segments once there are many.
 
         Raises:
-            RunNotFoundError, CorruptRunError: no run to write to; `create_run` makes one.
+            RunNotFoundError, CorruptRunError: no run to write to.
         """
-        self.path = Path(run_path)
+        self.path = Path(run_path).absolute()
         self.rank = rank
         info = read_info(self.path)
         self._attempt = _attempt(info, attempt)
@@ -71,6 +86,9 @@ class SegmentWriter:
         self._last_ts = 0.0
         self._stats = WriterStats(0, 0, 0, 0)
         self._closed = False
+        self._failing = False
+        self._wants_sidecar = sidecar and rank == 0
+        self._sidecar: subprocess.Popen[bytes] | None = None
         self._next_flush = {table: self._first_free(table) for table in TABLES}
         for table in TABLES:
             remove_temporaries(self.path / table, rank)
@@ -85,8 +103,10 @@ class SegmentWriter:
             self._pending[table].append(batch)
             self._pending_bytes += batch.nbytes
         late = time.monotonic() - self._last_flush >= self._flush_seconds
-        if late or self._pending_bytes >= self._flush_bytes:
+        if late or (self._pending_bytes >= self._flush_bytes and not self._failing):
             self.flush()
+        elif self._failing:
+            self._bound_memory()
 
     def flush(self) -> None:
         """Make everything written so far visible to readers: one file a table, expert_load last.
@@ -104,15 +124,22 @@ class SegmentWriter:
                 except OSError as error:  # the small tables may still fit on a disk that refused a large one
                     failure = error
         self._pending_bytes = sum(batch.nbytes for batches in self._pending.values() for batch in batches)
+        self._failing = failure is not None
         if failure is not None:
             self._bound_memory()
             raise failure
+        if self._wants_sidecar and self._stats.segments >= _SIDECAR_SEGMENTS:
+            self._wants_sidecar = False
+            self._sidecar = start_compactor(self.path)
 
     def close(self) -> None:
         """Flush, then refuse further writes. Closing twice is allowed."""
         if not self._closed:
             self.flush()
             self._closed = True
+            if self._sidecar is not None:  # a merge that is cut short leaves only a hidden file
+                self._sidecar.terminate()
+                self._sidecar.wait()
 
     @property
     def stats(self) -> WriterStats:
