@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.attention_config import AttentionKernel
-from model.attention_core import AttentionCore, EagerCore, SdpaCore, with_sink_key
+from model.attention_core import AttentionCore, EagerCore, SdpaCore, of_one_width, with_sink_key
 from model.config import ModelConfig
 
 _FLASH_WIDTH = 256
@@ -44,7 +44,7 @@ class FlashCore(SdpaCore):
         width = v_BGCD.shape[-1]
         if sinks_H is not None:
             q_BHSD, k_BGCD, v_BGCD = with_sink_key(q_BHSD, k_BGCD, v_BGCD, sinks_H / self.softmax_scale)
-        v_BGCD = nn.functional.pad(v_BGCD, (0, q_BHSD.shape[-1] - v_BGCD.shape[-1]))
+        q_BHSD, k_BGCD, v_BGCD = of_one_width(q_BHSD, k_BGCD, v_BGCD)
         out_BSHD = _flash_attn()(
             *(x.transpose(1, 2) for x in (q_BHSD, k_BGCD, v_BGCD)),
             softmax_scale=self.softmax_scale,
@@ -59,8 +59,8 @@ class FlashCore(SdpaCore):
             return False
         if reach.window is not None and (reach.sink_tokens or sinks_H is not None):
             return False
-        width = q_BHSD.shape[-1] + (8 if sinks_H is not None else 0)
-        return v_BGCD.shape[-1] <= width <= _FLASH_WIDTH and width % 8 == 0
+        width = max(q_BHSD.shape[-1] + (8 if sinks_H is not None else 0), v_BGCD.shape[-1])
+        return width <= _FLASH_WIDTH and width % 8 == 0
 
 
 class FlexCore(SdpaCore):

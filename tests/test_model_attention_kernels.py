@@ -95,6 +95,16 @@ def test_kernels_equal_the_formula(
         torch.testing.assert_close(core(config)(*call, mask, sinks_H=sinks_H), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [4, 8, 12])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_values_may_have_a_width_of_their_own(width: int, sinks: bool) -> None:
+    config, (q, k, _) = _config("all"), _call(7, 7)
+    v = torch.randn(2, 2, 7, width, generator=torch.Generator().manual_seed(3))
+    sinks_H = torch.tensor([-1.0, 0.0, 2.0, 5.0]) if sinks else None
+    expected = EagerCore(config)(q, k, v, sinks_H=sinks_H)
+    torch.testing.assert_close(SdpaCore(config)(q, k, v, sinks_H=sinks_H), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_sinks_learn_through_the_fused_kernel() -> None:
     config, operands = _config("window"), [x.requires_grad_() for x in _call(7, 7)]
     sinks_H = torch.tensor([-1.0, 0.0, 2.0, 5.0], requires_grad=True)
