@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -26,8 +28,9 @@ from tui.drawings.token_path import draw_shared, draw_token_path, shared_LS
 from tui.drawings.token_text import NUM_HUES, TokenScene, draw_token_text, hues_of, layout, printable
 from tui.heat import fit, half_lines, pool_extreme
 from tui.ink import LEVELS, Ink
-from tui.lines import Line, Panel, chart, resample, sparkline, text_of
+from tui.lines import Line, Panel, Summary, chart, resample, sparkline, text_of
 from tui.scene import SCALES, Eye, LayerHistory, Scene, coverage_LE, noise_log2_L
+from tui.screens.overview import map_height
 
 SHAPES = ((24, 64, 8), (4, 8, 2), (61, 256, 8))
 SIZES = ((20, 5), (41, 9), (76, 20), (118, 31), (196, 46))
@@ -250,6 +253,20 @@ def test_resampling_keeps_the_worst_value() -> None:
     assert len(resample(values, 30, "min")) == 30
 
 
+@pytest.mark.parametrize(("keep", "reduce"), [("mean", np.nanmean), ("min", np.nanmin), ("max", np.nanmax)])
+def test_resampling_reduces_neighbouring_stretches(
+    keep: Summary, reduce: Callable[[np.ndarray], float]
+) -> None:
+    values = np.random.default_rng(2).normal(size=47)
+    values[3], values[10:16] = np.nan, np.nan
+    short = resample(values, 9, keep)
+    edges = [47 * at // 9 for at in range(10)]
+    for piece, (start, stop) in zip(short, pairwise(edges), strict=True):
+        stretch = values[start:stop]
+        assert math.isnan(piece) if np.isnan(stretch).all() else piece == pytest.approx(reduce(stretch))
+    assert np.isnan(short[2])
+
+
 def test_entropy_rows_show_the_worst_of_neighbours(run: SyntheticRun) -> None:
     panel = draw_entropy_rows(
         scene_of(run), Ink(), 80, 5
@@ -402,6 +419,17 @@ def test_routes_are_more_frequent_than_chance_and_carry_traffic(run: SyntheticRu
         assert share == joint
         assert lift > 1
     assert [route[2] for route in routes] == sorted((route[2] for route in routes), reverse=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2), *SHAPES, (48, 64, 8)])
+@pytest.mark.parametrize("marks", [False, True])
+def test_map_and_entropy_rows_share_the_height(shape: tuple[int, int, int], marks: bool) -> None:
+    scene = Scene(snapshot=SyntheticRun(*shape, steps=3).snapshot())
+    for height in range(27, 70):
+        lines = map_height(scene, Ink(color=not marks), 75, height)
+        assert 5 <= lines <= height - 5  # a frame, an axis and at least two lines of rows remain
+        least = shape[0] if marks else (shape[0] + 1) // 2
+        assert lines >= min(least + 4, height - 7)
 
 
 # Words.

@@ -131,11 +131,16 @@ Summary = Literal["mean", "min", "max"]
 def resample(values: np.ndarray, width: int, keep: Summary = "mean") -> np.ndarray:
     """At most `width` values for the whole series; each stands for a stretch by its mean, or by its worst value."""
     values = np.asarray(values, dtype=np.float64)
-    if len(values) <= width:
+    if width <= 0 or len(values) <= width:
         return values
-    reductions: dict[Summary, Callable[..., float]] = {"mean": np.nanmean, "min": np.nanmin, "max": np.nanmax}
-    pieces = np.array_split(values, max(width, 1))
-    return np.array([math.nan if np.isnan(piece).all() else reductions[keep](piece) for piece in pieces])
+    starts = np.arange(width) * len(values) // width
+    if keep == "mean":
+        known = ~np.isnan(values)
+        with np.errstate(invalid="ignore"):
+            return np.add.reduceat(np.where(known, values, 0.0), starts) / np.add.reduceat(
+                known, starts, dtype=float
+            )
+    return (np.fmin if keep == "min" else np.fmax).reduceat(values, starts)
 
 
 def chart(values: np.ndarray, low: float, high: float, width: int, height: int = 1) -> list[str]:

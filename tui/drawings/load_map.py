@@ -254,8 +254,6 @@ def _note(scene: Scene, grid: Grid) -> str:
     parts = [f"{grid.pool} experts a cell (most uneven)"] if grid.pool > 1 else []
     if grid.num_rows < scene.num_layers:
         parts.append(f"layers {grid.first_row} to {grid.first_row + grid.num_rows - 1} of {scene.num_layers}")
-    if scene.snapshot.step >= 0:
-        parts.append(f"step {quantities.count(scene.snapshot.step)}")
     info = scene.snapshot.info.layers[scene.layer] if scene.num_layers else None
     if info is not None:
         parts.append(f"top {info.top_k} of {info.num_experts}")

@@ -87,6 +87,11 @@ class RunScreen(Screen[None]):
     def narrow(self) -> bool:
         return self.size.width < NARROW_COLUMNS or self.size.height < NARROW_ROWS
 
+    @property
+    def side_width(self) -> int:
+        """Width of a side column."""
+        return min(max(SIDE_COLUMNS, self.size.width * 28 // 100), MAX_SIDE_COLUMNS)
+
     def on_mount(self) -> None:
         self.moeviz.run_screens.append(self)
         self.query_one("#tabs", Pane).show(self.NAME, self.NAME)
@@ -109,9 +114,8 @@ class RunScreen(Screen[None]):
             pane.set_class(pane.id == self.front, "-front")
         for column in self.query(".column"):
             column.display = any(pane.display for pane in column.query(Pane))
-        side = "1fr" if narrow else min(max(SIDE_COLUMNS, self.size.width * 28 // 100), MAX_SIDE_COLUMNS)
         for widget in self.query(".side"):
-            widget.styles.width = side
+            widget.styles.width = "1fr" if narrow else self.side_width
 
     def show_status(self, status: Status) -> None:
         self.query_one("#status", Pane).show(status, (id(status),))

@@ -9,16 +9,16 @@ from textual.containers import Horizontal, Vertical
 
 from tui.drawings.alert_list import draw_alert_list
 from tui.drawings.entropy_rows import draw_entropy_rows
-from tui.drawings.load_map import draw_load_map
+from tui.drawings.load_map import draw_load_map, map_grid
 from tui.drawings.now_panel import draw_now_panel
+from tui.ink import Ink
 from tui.scene import Scene
 from tui.screens.base import RunScreen, screen_bindings
 from tui.widgets.pane import Pane
 
-_FRAME = 2
-"""Lines of a pane's border."""
-_RULER_AND_READING = 2
-_AXIS = 1
+_AROUND_MAP, _AROUND_ROWS = 4, 3
+"""Lines of a pane that are not cells: its frame, and ruler and reading of the map, the axis of the entropy rows."""
+_LEAST_ROWS = 4
 
 
 class OverviewScreen(RunScreen):
@@ -42,10 +42,11 @@ class OverviewScreen(RunScreen):
 
     def place_panes(self) -> None:
         super().place_panes()
-        body = self.size.height - 3
-        num_layers = self.scene.num_layers if self.scene else 0
-        map_height, _ = split_heights(body, num_layers, marks=self.moeviz.ink.marks)
-        self.query_one("#map").styles.height = "1fr" if self.narrow or not num_layers else map_height
+        height: str | int = "1fr"
+        if self.scene is not None and self.scene.num_layers and not self.narrow:
+            width = self.size.width - self.side_width - 4
+            height = map_height(self.scene, self.moeviz.ink, width, self.size.height - 3)
+        self.query_one("#map").styles.height = height
 
     def action_enter(self) -> None:
         self.moeviz.action_show_screen("alerts" if self.front == "alerts" else "layer")
@@ -54,22 +55,15 @@ class OverviewScreen(RunScreen):
         self.moeviz.look(entropy="token" if self.moeviz.eye.entropy == "load" else "load")
 
 
-def split_heights(height: int, num_layers: int, *, marks: bool = False) -> tuple[int, int]:
-    """Lines for the map and for the entropy rows, frames included.
+def map_height(scene: Scene, ink: Ink, width: int, height: int) -> int:
+    """Lines for the pane of the map, of `height` for it and the entropy rows below it; `width` is inside its frame.
 
-    Whole lines per layer where both fit, else half lines; the map comes first, the rows get at least a few lines.
+    The map comes first, with half a line a layer at least (a line where a cell is a glyph), then the rows, with half
+    a line a layer at most; what is left makes the cells of the map taller.
     """
-    frames = _FRAME + _RULER_AND_READING, _FRAME + _AXIS
-    half = num_layers if marks else (num_layers + 1) // 2
-    for map_lines, rows_lines in (
-        (3 * num_layers, num_layers),
-        (2 * num_layers, num_layers),
-        (num_layers, num_layers),
-        (num_layers, half),
-        (half, half),
-    ):
-        if map_lines + rows_lines + sum(frames) <= height:
-            return map_lines + frames[0], height - map_lines - frames[0]
-    least = min(max(height // 4, frames[1] + 2), frames[1] + half)
-    map_height = min(half + frames[0], height - least)
-    return map_height, height - map_height
+    room = height - _AROUND_MAP - _AROUND_ROWS
+    half = (scene.num_layers + 1) // 2
+    least = scene.num_layers if ink.marks else half
+    rows = max(min(room - least, half), _LEAST_ROWS)
+    grid, _ = map_grid(scene, ink, width, room - rows + 2)
+    return grid.lines + _AROUND_MAP
