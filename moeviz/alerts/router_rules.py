@@ -91,12 +91,9 @@ class RouterRules:
         if record.dropped_LE is None:
             return [self._silent("TOKENS_DROPPED"), self._silent("TOKENS_DROPPED", level=1)]
         config, rate_L = self._config, live["drop_rate"]
-        num_experts_L, top_k_L = shapes
-        factor_L = capacity.implied_capacity_factor(record.counts_LE, record.dropped_LE, num_experts_L)
-        if self._plan.capacity_factor is not None:
-            factor_L = np.full(self._num_layers, self._plan.capacity_factor)
-        expected_L = capacity.expected_drop(factor_L, record.tokens, top_k_L, num_experts_L, design_effect_L)
-        self.expected_drop_L = np.nan_to_num(expected_L)
+        self.expected_drop_L = np.zeros(self._num_layers)
+        if record.dropped_LE.any():
+            self._expect_drops(record, design_effect_L, shapes)
         line_L = self.expected_drop_L + config.drop_excess
         error_L = np.full(self._num_layers, config.drop_error)
         judged_L = ~np.isnan(rate_L)
@@ -104,6 +101,16 @@ class RouterRules:
             Reading("TOKENS_DROPPED", rate_L > line_L, rate_L < line_L / 2, judged_L, rate_L, line_L),
             Reading("TOKENS_DROPPED", rate_L > error_L, rate_L < error_L / 2, judged_L, rate_L, error_L, 1),
         ]
+
+    def _expect_drops(self, record: LoadRecord, design_effect_L: np.ndarray, shapes: tuple) -> None:
+        """Note what a perfectly balanced router would drop at this capacity."""
+        assert record.dropped_LE is not None
+        num_experts_L, top_k_L = shapes
+        factor_L = capacity.implied_capacity_factor(record.counts_LE, record.dropped_LE, num_experts_L)
+        if self._plan.capacity_factor is not None:
+            factor_L = np.full(self._num_layers, self._plan.capacity_factor)
+        expected_L = capacity.expected_drop(factor_L, record.tokens, top_k_L, num_experts_L, design_effect_L)
+        self.expected_drop_L = np.nan_to_num(expected_L)
 
     def _logits(self, step: int, live: dict[str, np.ndarray]) -> list[Reading]:
         if "z_loss" not in live:

@@ -29,6 +29,14 @@ def expert_mask(num_experts: Experts, width: int) -> np.ndarray:
     return np.arange(width) < np.asarray(num_experts)[..., None]
 
 
+def filled(table_LE: np.ndarray, num_experts: Experts | None, value: float) -> np.ndarray:
+    """`table_LE` with `value` in its padding; the array itself where it has none."""
+    width = table_LE.shape[-1]
+    if num_experts is None or np.all(np.equal(num_experts, width)):
+        return table_LE
+    return np.where(expert_mask(num_experts, width), table_LE, value)
+
+
 def load_share(counts_LE: np.ndarray) -> np.ndarray:
     """Load share s_i = c_i / sum_j c_j. `[..., E]`, sums to 1, even 1/E.
 
@@ -95,10 +103,7 @@ def maxvio(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarr
 
 def min_load(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Smallest relative load min_i r_i: 1 even, 0 when an expert is unused."""
-    if num_experts is None:
-        return share_LE.shape[-1] * share_LE.min(axis=-1)
-    mask_LE = expert_mask(num_experts, share_LE.shape[-1])
-    return _width(share_LE, num_experts) * np.where(mask_LE, share_LE, np.inf).min(axis=-1)
+    return _width(share_LE, num_experts) * filled(share_LE, num_experts, np.inf).min(axis=-1)
 
 
 def entropy_nats(share_LE: np.ndarray) -> np.ndarray:

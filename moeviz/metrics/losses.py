@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from moeviz.metrics.load import Experts, _width, expert_mask
+from moeviz.metrics.load import Experts, _width, filled
 
 
 def aux_switch(
@@ -100,14 +100,14 @@ def router_orth(router_ED: np.ndarray, norm: Literal["l1", "fro"] = "l1") -> flo
 
 def bias_range(bias_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Span max b - min b of the selection bias, in units of the scores: 0 at the start."""
-    mask_LE = expert_mask(_width(bias_LE, num_experts), bias_LE.shape[-1])
-    high_L = np.where(mask_LE, bias_LE, -np.inf).max(axis=-1)
-    return high_L - np.where(mask_LE, bias_LE, np.inf).min(axis=-1)
+    high_L = filled(bias_LE, num_experts, -np.inf).max(axis=-1)
+    return high_L - filled(bias_LE, num_experts, np.inf).min(axis=-1)
 
 
 def bias_rms(bias_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Root mean square of the selection bias around its mean: a shift of all experts changes nothing."""
-    mask_LE = expert_mask(_width(bias_LE, num_experts), bias_LE.shape[-1])
-    width_L1 = mask_LE.sum(axis=-1, keepdims=True)
-    centred_LE = bias_LE - np.where(mask_LE, bias_LE, 0).sum(axis=-1, keepdims=True) / width_L1
-    return np.sqrt(np.where(mask_LE, centred_LE**2, 0).sum(axis=-1) / width_L1[..., 0])
+    bias_LE = np.asarray(filled(bias_LE, num_experts, 0.0), dtype=np.float64)
+    width_L = _width(bias_LE, num_experts)
+    mean_L = bias_LE.sum(axis=-1) / width_L
+    centred_LE = filled(bias_LE - mean_L[..., None], num_experts, 0.0)
+    return np.sqrt(np.einsum("...e,...e->...", centred_LE, centred_LE) / width_L)
