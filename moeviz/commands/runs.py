@@ -74,7 +74,7 @@ def _print_table(runs: list[dict[str, Any]], folder: Path) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"[dim]moeviz show {folder / str(runs[0]['name'])}    details of one run[/dim]")
+    console.print(f"[dim]moeviz show {runs[0]['path']}    details of one run[/dim]")
 
 
 def is_number(value: object) -> bool:
