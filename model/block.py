@@ -17,6 +17,7 @@ from model.moe import SparseMoE
 from model.norm import RMSNorm
 from model.rope import RopeTables
 from model.router import Routing
+from model.router_draws import RouterDraws
 
 _ATTENTIONS = {"gqa": Attention, "mla": LatentHeadAttention, "latent": LatentAttention}
 
@@ -44,9 +45,12 @@ class Block(nn.Module):
         rope: RopeTables,
         valid_BC: Tensor | None = None,
         cache: LayerCache | LatentCache | None = None,
+        draws: RouterDraws | None = None,
     ) -> BlockOutput:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, valid_BC, cache)
-        y = self.mlp(self.post_attention_layernorm(x_BSD))
+        h_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, SparseMoE):
+            valid_BS = None if valid_BC is None else valid_BC[:, -x_BSD.shape[1] :]
+            y = self.mlp(h_BSD, draws, valid_BS)
             return BlockOutput(x_BSD + y.hidden_BSD, y.routing)
-        return BlockOutput(x_BSD + y, None)
+        return BlockOutput(x_BSD + self.mlp(h_BSD), None)

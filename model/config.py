@@ -241,6 +241,10 @@ class ModelConfig:
         patterned = layer >= self.first_dense_layers and (layer + 1) % self.moe_every == 0
         return patterned and layer not in self.dense_layers
 
+    def is_causal(self) -> bool:
+        """Whether no position can see what comes behind it; if not, generation is not what was trained."""
+        return self.num_moe_layers == 0 or self.router.is_causal
+
     def num_parameters(self) -> int:
         """Every trained number; a tied output matrix counts once, the selection bias not at all."""
         return self._parameters_with(self.num_experts)
@@ -252,7 +256,8 @@ class ModelConfig:
     def _parameters_with(self, experts: int) -> int:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         block = self._attention_parameters() + 2 * self.dim
-        router = self.num_experts * (self.dim + self.router.router_bias)
+        matrices = 2 if self.router.router_noise == "shazeer" else 1
+        router = self.num_experts * (matrices * self.dim + self.router.router_bias)
         expert = 3 * self.dim * self.expert_dim
         if self.experts.expert_bias:
             expert += 2 * self.expert_dim + self.dim

@@ -11,6 +11,10 @@ from typing import Literal
 
 Score = Literal["softmax", "sigmoid", "softmax_topk"]
 GroupScore = Literal["max", "top2_sum"]
+RouterNoise = Literal["none", "shazeer", "gumbel"]
+DropOrder = Literal["position", "prob"]
+Chooser = Literal["token", "expert"]
+BalanceScope = Literal["micro", "sequence", "global"]
 ExpertActivation = Literal["swiglu", "clamped"]
 
 
@@ -35,7 +39,45 @@ class RouterConfig:
     router_bias: bool = False
     """A learned bias on the logits themselves (GPT-OSS): it does enter the gate weights."""
 
+    router_noise: RouterNoise = "none"
+    """Noise on the logits in training: shazeer (normal, its size learned, arXiv:1701.06538) or gumbel."""
+    noise_scale: float = 1.0
+    """Factor on that noise."""
+    router_jitter: float = 0.0
+    """In training, multiply the router's input by uniform numbers in [1 - x, 1 + x] (arXiv:2101.03961)."""
+    noise_seed: int = 0
+    """Decides noise, jitter and expert dropout, apart from all other random numbers."""
+    expert_dropout: float = 0.0
+    """In training, switch each expert of a layer off for a whole pass with this probability."""
+    force_balanced: bool = False
+    """Ignore the scores and deal experts out in turn: an even load, to time a model by."""
+    capacity_factor: float = 0.0
+    """In training, an expert takes this many times an even share of a sequence's slots. 0: all (dropless)."""
+    drop_order: DropOrder = "position"
+    """Who is dropped beyond that: position, the last to come; prob, the smallest weight (not causal)."""
+    chooser: Chooser = "token"
+    """token: tokens choose experts; expert: each expert takes its best tokens (not causal)."""
+    balance_scope: BalanceScope = "micro"
+    """What the balance loss evens out: a micro-batch, each sequence, or all of a step that is known so far."""
+    orthogonality: bool = False
+    """Return SimBal's loss, which keeps the router's rows orthonormal (arXiv:2506.14038)."""
+
     def __post_init__(self) -> None:
+        for name in ("noise_scale", "capacity_factor", "router_jitter", "noise_seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"router.{name}={getattr(self, name)} is negative; 0 switches it off")
+        if not 0 <= self.expert_dropout < 1 or self.router_jitter >= 1:
+            raise ValueError(
+                f"router.expert_dropout={self.expert_dropout} and router_jitter={self.router_jitter} must be "
+                "in [0, 1); 0 switches them off"
+            )
+        if self.chooser == "expert" and (self.selection_bias or self.num_groups > 1 or self.force_balanced):
+            raise ValueError(
+                "router.chooser=expert needs no balancing and has no top-k; leave selection_bias, num_groups "
+                "and force_balanced at their defaults"
+            )
+        if self.chooser == "expert" and self.score == "softmax_topk":
+            raise ValueError("router.chooser=expert has no chosen K to normalise over; use score=softmax")
         if self.scale <= 0:
             raise ValueError(f"router.scale={self.scale} is not positive; 1.0 leaves the gate weights alone")
         if self.num_groups < 1:
@@ -45,6 +87,16 @@ class RouterConfig:
                 f"router.top_groups={self.top_groups} is not between 1 and num_groups={self.num_groups}; "
                 "lower top_groups or add groups"
             )
+
+    @property
+    def draws(self) -> bool:
+        """Whether training needs random numbers for routing."""
+        return self.router_noise != "none" or self.router_jitter > 0 or self.expert_dropout > 0
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token's experts depend on nothing behind it."""
+        return self.chooser == "token" and (self.capacity_factor == 0 or self.drop_order == "position")
 
 
 @dataclass(frozen=True, kw_only=True)

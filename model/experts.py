@@ -117,13 +117,32 @@ class GroupedExperts(nn.Module):
         self.gate_up_proj_bias = nn.Parameter(torch.zeros(gate_up.shape[:2])) if biased else None
         self.down_proj_bias = nn.Parameter(torch.zeros(self.down_proj.shape[:2])) if biased else None
 
-    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The weighted sum of every token's experts, [T, D]."""
+    def forward(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of every token's experts, [T, D].
+
+        Slots that are not in `kept_TK` must have weight 0. They are not computed; but under compilation, whose
+        shapes are fixed, they are.
+        """
+        if kept_TK is not None and not torch.compiler.is_compiling():
+            return self._kept_only(x_TD, expert_ids_TK, weights_TK, kept_TK)
         order_N, inverse_N, ends_E = dispatch(expert_ids_TK, self.num_experts)
         dtype = matmul_dtype(x_TD)
         x_ND = _ToExperts.apply(x_TD.to(dtype), order_N, inverse_N)
         y_ND = self._run(x_ND, ends_E)
         return _ToTokens.apply(y_ND, weights_TK.to(dtype), order_N, inverse_N)
+
+    def _kept_only(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
+        slots_N = kept_TK.flatten().nonzero().squeeze(1)
+        ids_N = expert_ids_TK.flatten()[slots_N]
+        slots_N = slots_N[ids_N.argsort(stable=True)]
+        ends_E = count_experts(ids_N, self.num_experts).cumsum(0).to(torch.int32)
+        dtype = matmul_dtype(x_TD)
+        tokens_N = slots_N // kept_TK.shape[1]
+        y_ND = self._run(x_TD.to(dtype).index_select(0, tokens_N), ends_E)
+        weights_N = weights_TK.to(dtype).flatten().index_select(0, slots_N)
+        return torch.zeros_like(x_TD, dtype=dtype).index_add(0, tokens_N, y_ND * weights_N[:, None])
 
     def _run(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
         """Each block of rows through its expert."""

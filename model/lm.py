@@ -8,7 +8,7 @@ training needs to know about routing is returned; what a viewer needs passes bet
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,11 @@ from model.block import Block, BlockOutput
 from model.config import ModelConfig
 from model.head import LMHead
 from model.kv_cache import KVCache
-from model.losses import balance_losses, expert_counts, z_losses
+from model.losses import balance_losses, expert_counts, sequence_balance_losses, z_losses
 from model.norm import RMSNorm
 from model.rope import RopeTables, rope_tables
 from model.router import Routing
+from model.router_draws import DrawSource, RouterDraws
 
 
 class ModelOutput(NamedTuple):
@@ -34,7 +35,8 @@ class ModelOutput(NamedTuple):
     token_loss_BS: Tensor | None
     """float32, nats, detached: loss of predicting `labels_BS` at each position, 0 where the label is -100."""
     aux: dict[str, Tensor]
-    """Router losses per MoE layer [L], no coefficients: `balance` (1 is even), `z`; empty without labels."""
+    """Router losses per MoE layer [L], no coefficients: `balance` (1 is even), `z`, and `orthogonality` where
+    the router asks for it; empty without labels."""
     expert_counts_LE: Tensor
     """int64, detached: valid tokens that chose each expert; rows sum to N * K."""
 
@@ -54,6 +56,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.draws = DrawSource(config) if config.router.draws else None
         self.recompute = False
         """Whether training recomputes each block in backward to save its activations."""
 
@@ -62,14 +65,22 @@ class Decoder(nn.Module):
     ) -> DecoderOutput:
         hidden_BSD = self.embed_tokens(input_ids_BS)
         ropes = self._ropes(input_ids_BS.shape[1], hidden_BSD, cache)
+        draws = self._draw(input_ids_BS)
         routings = []
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
             rope = ropes[self.config.reach.is_local(index)]
-            hidden_BSD, routing = self._run(block, hidden_BSD, rope, valid_BC, layer_cache)
+            chance = (next(draws),) if self.config.is_moe(index) and draws is not None else ()
+            hidden_BSD, routing = self._run(block, hidden_BSD, rope, valid_BC, layer_cache, *chance)
             if routing is not None:
                 routings.append(routing)
         return DecoderOutput(self.norm(hidden_BSD), tuple(routings))
+
+    def _draw(self, input_ids_BS: Tensor) -> Iterator[RouterDraws] | None:
+        """Each MoE layer's random numbers, in training where the config asks for some."""
+        if self.draws is None or not self.training:
+            return None
+        return iter(self.draws(input_ids_BS.numel(), input_ids_BS.device))
 
     def _ropes(self, num_new: int, like: Tensor, cache: KVCache | None) -> tuple[RopeTables, RopeTables]:
         """Angles for layers that read everything, and for local ones; what is cached may need them as well."""
@@ -113,6 +124,7 @@ class MoELanguageModel(nn.Module):
         *,
         attention_mask_BS: Tensor | None = None,
         cache: KVCache | None = None,
+        counts_so_far_LE: Tensor | None = None,
     ) -> ModelOutput:
         """Run the model.
 
@@ -125,13 +137,17 @@ class MoELanguageModel(nn.Module):
                 it covers the cached positions as well. Padding is excluded from router losses and counts;
                 give it the label -100 to exclude it from the cross-entropy too.
             cache: keys and values of earlier tokens, to which these are added.
+            counts_so_far_LE: assignments of the same step's other micro-batches and ranks, as far as known;
+                with router.balance_scope=global the balance loss evens out their sum with these.
         """
         valid_BC = attention_mask_BS.bool() if attention_mask_BS is not None else None
         hidden_BSD, routings = self.model(input_ids_BS, valid_BC, cache)
         logits_BSV, ce, token_loss_BS = self.lm_head(hidden_BSD, labels_BS)
         valid_T = valid_BC[:, -input_ids_BS.shape[1] :].flatten() if valid_BC is not None else None
         counts_LE = self._counts(routings, valid_T, input_ids_BS.device)
-        aux = self._aux(routings, counts_LE, valid_T) if labels_BS is not None else {}
+        aux: dict[str, Tensor] = {}
+        if labels_BS is not None:
+            aux = self._aux(routings, counts_LE, valid_T, len(input_ids_BS), counts_so_far_LE)
         return ModelOutput(logits_BSV, ce, token_loss_BS, aux, counts_LE)
 
     def _counts(self, routings: Sequence[Routing], valid_T: Tensor | None, device: torch.device) -> Tensor:
@@ -140,14 +156,27 @@ class MoELanguageModel(nn.Module):
         return expert_counts(routings, valid_T)
 
     def _aux(
-        self, routings: Sequence[Routing], counts_LE: Tensor, valid_T: Tensor | None
+        self,
+        routings: Sequence[Routing],
+        counts_LE: Tensor,
+        valid_T: Tensor | None,
+        batch_size: int,
+        counts_so_far_LE: Tensor | None,
     ) -> dict[str, Tensor]:
         if not routings:
             none = torch.zeros(0, device=counts_LE.device)
             return {"balance": none, "z": none}
+        router = self.config.router
         logits_LTE = torch.stack([routing.logits_TE for routing in routings])
-        balance = balance_losses(self.config.router, logits_LTE, counts_LE, valid_T)
-        return {"balance": balance, "z": z_losses(logits_LTE, valid_T)}
+        if router.balance_scope == "sequence":
+            balance = sequence_balance_losses(router, logits_LTE, routings, batch_size, valid_T)
+        else:
+            if router.balance_scope == "global" and counts_so_far_LE is not None:
+                counts_LE = counts_LE + counts_so_far_LE
+            balance = balance_losses(router, logits_LTE, counts_LE, valid_T)
+        aux = {"balance": balance, "z": z_losses(logits_LTE, valid_T)}
+        orthogonal = [each.orthogonality for each in routings if each.orthogonality is not None]
+        return {**aux, "orthogonality": torch.stack(orthogonal)} if orthogonal else aux
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep one activation per block and recompute the rest in backward: less memory, more time."""

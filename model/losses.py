@@ -25,15 +25,21 @@ def routing_probabilities(router: RouterConfig, logits: Tensor) -> Tensor:
 
 
 def expert_counts(routings: Sequence[Routing], valid_T: Tensor | None = None) -> Tensor:
-    """int64 [L, E], detached: how many valid tokens chose each expert; rows sum to N * K."""
+    """int64 [L, E], detached: how many valid tokens chose each expert; rows sum to N * K.
+
+    Slots that a capacity dropped are counted, for they were chosen. Where experts choose, it is how many they took.
+    """
     rows = []
     for routing in routings:
         num_experts = routing.logits_TE.shape[-1]
         ids_TK = routing.expert_ids_TK
-        if valid_T is None:
+        counted = None if valid_T is None else valid_T[:, None]
+        if routing.taken_BCE is not None:
+            counted = routing.kept_TK
+        if counted is None:
             rows.append(count_experts(ids_TK, num_experts))
         else:
-            spill_TK = ids_TK.masked_fill(~valid_T[:, None], num_experts)
+            spill_TK = ids_TK.masked_fill(~counted, num_experts)
             rows.append(count_experts(spill_TK, num_experts + 1)[:num_experts])
     return torch.stack(rows)
 
@@ -50,6 +56,38 @@ def balance_losses(
     probs_LE = _mean_over_tokens(routing_probabilities(router, logits_LTE), valid_T)
     shares_LE = counts_LE / counts_LE.sum(dim=-1, keepdim=True).clamp_min(1)
     return counts_LE.shape[-1] * (shares_LE * probs_LE).sum(dim=-1)
+
+
+def sequence_balance_losses(
+    router: RouterConfig,
+    logits_LTE: Tensor,
+    routings: Sequence[Routing],
+    batch_size: int,
+    valid_T: Tensor | None = None,
+) -> Tensor:
+    """The same loss within each sequence, [L], mean over sequences with a valid token (DeepSeek-V3, equation 17).
+
+    A micro-batch can be even while each of its sequences is not; this loss sees it.
+    """
+    logits_BLSE = logits_LTE.unflatten(1, (batch_size, -1)).transpose(0, 1)
+    valid_BS = None if valid_T is None else valid_T.view(batch_size, -1)
+    losses = []
+    for b, logits_LSE in enumerate(logits_BLSE):
+        rows = slice(b * logits_LSE.shape[1], (b + 1) * logits_LSE.shape[1])
+        valid_S = None if valid_BS is None else valid_BS[b]
+        counts_LE = expert_counts([_rows_of(routing, rows) for routing in routings], valid_S)
+        losses.append(balance_losses(router, logits_LSE, counts_LE, valid_S))
+    losses_LB = torch.stack(losses, dim=1)
+    if valid_BS is None:
+        return losses_LB.mean(dim=1)
+    present_B = valid_BS.any(dim=1).to(losses_LB.dtype)
+    return losses_LB @ present_B / present_B.sum().clamp_min(1)
+
+
+def _rows_of(routing: Routing, rows: slice) -> Routing:
+    kept_TK = None if routing.kept_TK is None else routing.kept_TK[rows]
+    parts = (routing.logits_TE[rows], routing.weights_TK[rows], routing.expert_ids_TK[rows])
+    return Routing(*parts, kept_TK, routing.taken_BCE)
 
 
 def z_losses(logits_LTE: Tensor, valid_T: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.experts import GroupedExperts
 from model.feedforward import FeedForward
 from model.router import Routing, TopKRouter
+from model.router_draws import RouterDraws
 
 
 class MoEOutput(NamedTuple):
@@ -32,13 +33,25 @@ class SparseMoE(nn.Module):
         gated = config.experts.shared_expert_gate
         self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False) if gated else None
 
-    def forward(self, x_BSD: Tensor) -> MoEOutput:
+    def forward(
+        self, x_BSD: Tensor, draws: RouterDraws | None = None, valid_BS: Tensor | None = None
+    ) -> MoEOutput:
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.gate(x_TD)
-        y_BSD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK).view_as(x_BSD)
+        routing = self._route(x_BSD, x_TD, draws, valid_BS)
+        kept = () if routing.kept_TK is None else (routing.kept_TK,)
+        y_BSD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, *kept).view_as(x_BSD)
         if self.shared_experts is not None:
             shared_BSD = self.shared_experts(x_BSD)
             if self.shared_expert_gate is not None:
                 shared_BSD = shared_BSD * self.shared_expert_gate(x_BSD).sigmoid()
             y_BSD = y_BSD + shared_BSD
         return MoEOutput(y_BSD, routing)
+
+    def _route(
+        self, x_BSD: Tensor, x_TD: Tensor, draws: RouterDraws | None, valid_BS: Tensor | None
+    ) -> Routing:
+        """Sequences and padding are the router's business only where experts have a capacity."""
+        config = self.gate.config
+        if config.capacity_factor or config.chooser == "expert":
+            return self.gate(x_BSD, draws, valid_BS)
+        return self.gate(x_TD) if draws is None else self.gate(x_TD, draws)
