@@ -56,6 +56,10 @@ class KVCache:
         Raises ValueError where these do not fit the model or each other.
         """
         _check(config, storage, folder, eviction)
+        if storage == "mapped" and torch.device(device or "cpu").type != "cpu":
+            raise ValueError(
+                f"storage=mapped does not fit device={device}; files are mapped for the CPU only"
+            )
         self._config, self.batch_size = config, batch_size
         self.max_length = max_length or config.max_seq_len
         self._device = torch.device(device or "cpu")

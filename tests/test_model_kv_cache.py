@@ -361,6 +361,12 @@ def test_an_unbounded_cache_of_a_window_goes_back_any_distance() -> None:
             "storage=mapped with folder=None; mapped storage needs a folder",
         ),
         ("grouped", "all", {"folder": Path("x")}, "storage=dense with folder=x"),
+        (
+            "grouped",
+            "all",
+            {"storage": "mapped", "folder": Path("x"), "device": "meta"},
+            "storage=mapped does not fit device=meta",
+        ),
         ("latent", "all", {"storage": "int8"}, "storage=int8.*do not fit attention=latent"),
         ("grouped", "window", {"eviction": SinksAndRecent(recent=4)}, "does not fit a model with a window"),
     ],
