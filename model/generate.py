@@ -6,6 +6,7 @@ their own, so that sampling in the middle of a training run changes nothing in t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,7 +17,12 @@ from model.kv_cache import KVCache
 from model.lm import MoELanguageModel
 from model.sampling import Sampling, sample
 
-__all__ = ["Sampling", "before_stop", "generate", "sample", "stream"]
+__all__ = ["NonCausalWarning", "Sampling", "before_stop", "generate", "sample", "stream"]
+
+
+class NonCausalWarning(UserWarning):
+    """Text is drawn from a model that saw later tokens when it was trained."""
+
 
 Decode = Callable[[list[int]], str]
 """Token ids to text."""
@@ -49,7 +55,8 @@ def stream(
             as fits beside what a forgetting cache keeps.
 
     Raises ValueError for an empty prompt, one that leaves no room, stop texts without `decode`, and padding
-    where positions must be absolute.
+    where positions must be absolute. Warns (`NonCausalWarning`) when the model's experts depended on later
+    tokens in training, for token by token they choose otherwise.
     """
     sampling = sampling or Sampling()
     batch, length = prompt_ids_BS.shape
@@ -153,6 +160,13 @@ def _check(
 ) -> None:
     if sampling.stop and decode is None:
         raise ValueError(f"stop={sampling.stop} without decode; hand over decode=tokenizer.decode")
+    if not config.is_causal():
+        warnings.warn(
+            "this model's routing looks at later tokens (chooser=expert, or drops by probability), which are not "
+            "there while text is written: expect worse text than its training loss says",
+            NonCausalWarning,
+            stacklevel=4,
+        )
     padded = mask_BS is not None and not bool(mask_BS.all())
     streams = cache is not None and cache.forgets
     if padded and (streams or not _shiftable(config)):

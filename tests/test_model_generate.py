@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from transformers import (
 )
 
 from model.attention_config import LatentConfig, ReachConfig
-from model.config import ModelConfig
-from model.generate import before_stop, generate, stream
+from model.config import ModelConfig, RouterConfig
+from model.generate import NonCausalWarning, before_stop, generate, stream
 from model.kv_cache import KVCache
 from model.kv_eviction import HeavyHitters, SinksAndRecent
 from model.lm import MoELanguageModel
@@ -276,3 +277,16 @@ def test_a_cache_without_room_says_so(model: MoELanguageModel) -> None:
         generate(model, _prompt(), cache=KVCache(model.config, batch_size=2, max_length=5))
     with pytest.raises(ValueError, match="prefill_chunk=0 is below 1"):
         generate(model, _prompt(), prefill_chunk=0)
+
+
+def test_a_model_that_looks_ahead_says_so(model: MoELanguageModel) -> None:
+    config = ModelConfig(
+        vocab_size=23, dim=16, num_layers=1, num_heads=2, num_experts=2, expert_dim=4,
+        router=RouterConfig(chooser="expert"),
+    )  # fmt: skip
+    assert not config.is_causal()
+    with pytest.warns(NonCausalWarning, match="looks at later tokens"):
+        generate(MoELanguageModel(config), _prompt(), GREEDY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, _prompt(), GREEDY)
