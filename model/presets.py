@@ -8,9 +8,12 @@ training.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
-from model.config import ModelConfig, RouterConfig
+from model.attention_config import LatentConfig, MLAConfig, ReachConfig, RopeConfig
+from model.config import ModelConfig
+from model.expert_config import ExpertConfig, RouterConfig
 
 # DeepSeek-V3's routing without groups: a bias balances the load, and no auxiliary loss pulls at the weights.
 _BIAS_BALANCED = RouterConfig(score="sigmoid", selection_bias=True)
@@ -63,6 +66,73 @@ def blues() -> ModelConfig:
         num_experts=8,
         top_k=2,
         expert_dim=512,
+    )
+
+
+def latent() -> ModelConfig:
+    """12 layers of width 768 that read the past through 16 latents of each key head, with two experts."""
+    return ModelConfig(
+        dim=768,
+        num_layers=12,
+        num_heads=4,
+        num_kv_heads=2,
+        max_seq_len=128,
+        attention="latent",
+        latents=LatentConfig(num_latents=16, latent_chunk=32),
+        num_experts=2,
+        top_k=1,
+        expert_dim=1024,
+    )
+
+
+def deepseek_glm4() -> ModelConfig:
+    """MLA under GLM-4's routing: sigmoid, a selection bias, groups; width 512 (`--dim 256` for the small one)."""
+    return ModelConfig(
+        dim=512,
+        num_layers=8,
+        num_heads=8,
+        attention="mla",
+        mla=MLAConfig(
+            q_lora_rank=192, kv_lora_rank=96, qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=48
+        ),
+        first_dense_layers=1,
+        num_experts=16,
+        top_k=4,
+        expert_dim=192,
+        num_shared_experts=1,
+        router=replace(_BIAS_BALANCED, num_groups=4, top_groups=2),
+    )
+
+
+def code_828() -> ModelConfig:
+    """A code model: few wide experts in two groups, sinks, YaRN from 512 to 2,048 tokens, 49,152 ids."""
+    return ModelConfig(
+        vocab_size=49_152,
+        dim=512,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
+        max_seq_len=2048,
+        rope=RopeConfig(rope_scaling="yarn", rope_factor=4.0, rope_trained_len=512),
+        reach=ReachConfig(head_sinks=True),
+        num_experts=4,
+        top_k=2,
+        expert_dim=768,
+        num_shared_experts=1,
+        router=replace(_BIAS_BALANCED, num_groups=2, top_groups=2),
+    )
+
+
+def code_800m() -> ModelConfig:
+    """The large plan of code-828: 24 layers of width 1,536 with 8 experts."""
+    return replace(
+        code_828(),
+        dim=1536,
+        num_layers=24,
+        num_heads=24,
+        num_kv_heads=8,
+        num_experts=8,
+        router=replace(_BIAS_BALANCED, num_groups=2, top_groups=2),
     )
 
 
@@ -121,15 +191,89 @@ def qwen3_tiny() -> ModelConfig:
     )
 
 
+def deepseek_v3_tiny() -> ModelConfig:
+    """DeepSeek-V3's wiring (arXiv:2412.19437).
+
+    MLA, a dense first block, a shared expert, sigmoid scores in groups, a selection bias.
+    """
+    return ModelConfig(
+        dim=256,
+        num_layers=4,
+        num_heads=8,
+        attention="mla",
+        mla=MLAConfig(
+            q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+        ),
+        rope=RopeConfig(rope_pairs="neighbours"),
+        norm_eps=1e-6,
+        first_dense_layers=1,
+        num_experts=32,
+        top_k=4,
+        expert_dim=96,
+        num_shared_experts=1,
+        router=replace(_BIAS_BALANCED, num_groups=4, top_groups=2, scale=2.5),
+    )
+
+
+def glm4_tiny() -> ModelConfig:
+    """GLM-4.5's wiring (arXiv:2508.06471).
+
+    Grouped queries of which half of each head turns, heads normalised, DeepSeek-V3's routing without groups.
+    """
+    return ModelConfig(
+        dim=256,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        attention_bias="qkv",
+        qk_norm="head",
+        rope=RopeConfig(rotary_share=0.5),
+        first_dense_layers=1,
+        num_experts=32,
+        top_k=4,
+        expert_dim=96,
+        num_shared_experts=1,
+        router=replace(_BIAS_BALANCED, scale=2.5),
+    )
+
+
+def gpt_oss_tiny() -> ModelConfig:
+    """GPT-OSS's wiring (arXiv:2508.10925).
+
+    A sink per head, windows in every other layer, biases everywhere, clamped experts, softmax after top-k.
+    """
+    return ModelConfig(
+        dim=256,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        attention_bias="all",
+        rope_base=150_000.0,
+        reach=ReachConfig(window=128, global_every=2, head_sinks=True),
+        num_experts=16,
+        top_k=4,
+        expert_dim=128,
+        router=RouterConfig(score="softmax_topk", router_bias=True),
+        experts=ExpertConfig(expert_activation="clamped", expert_bias=True),
+    )
+
+
 PRESETS: Mapping[str, Callable[[], ModelConfig]] = MappingProxyType(
     {
         "demo": demo,
         "minimal": minimal,
         "optimal": optimal,
         "blues": blues,
+        "latent": latent,
+        "deepseek-glm4": deepseek_glm4,
+        "code-828": code_828,
+        "code-800m": code_800m,
         "mixtral-tiny": mixtral_tiny,
         "olmoe-tiny": olmoe_tiny,
         "qwen3-tiny": qwen3_tiny,
+        "deepseek-v3-tiny": deepseek_v3_tiny,
+        "glm4-tiny": glm4_tiny,
+        "gpt-oss-tiny": gpt_oss_tiny,
     }
 )
 """Every preset by the name that the command line takes."""

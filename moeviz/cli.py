@@ -29,11 +29,14 @@ COMMANDS = (
     Command(
         "train", "Train a MoE (presets, any option overridden), with --log-routing to record it.", "train"
     ),
+    Command("presets", "List the models to start from: parameters, active parameters, FLOPs.", "train"),
     Command("tui", "Watch a run in the terminal, live or afterwards.", "watch"),
     Command("dash", "Open the dashboards in a browser (loopback only).", "watch"),
     Command("runs", "List the runs of a folder.", "read"),
     Command("show", "Summarise one run: shape, state, loads, metrics, alerts.", "read"),
-    Command("alerts", "List the alerts of a run with their remedies.", "read"),
+    Command("alerts", "List the alerts of a run with their remedies, or follow them live.", "read"),
+    Command("check", "Exit with 1 when a run has open alerts: for CI and job scripts.", "read"),
+    Command("snapshot", "Tell what was true around one step: numbers, layers, alerts, events.", "read"),
     Command("query", "Ask a run anything in SQL (read-only).", "read"),
     Command("metrics", "Explain every metric: formula, range, value at balance, source.", "read"),
     Command("pack", "Pack a finished run into one ordinary DuckDB file.", "read"),

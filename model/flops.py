@@ -1,0 +1,73 @@
+"""Floating point operations of one token, by formula; a multiplication and an addition are two.
+
+Counted are matrix products: every weight that a token passes through, and scores and sums of attention over
+the keys that a query may read on average. Norms, activations, softmax and the sorting of tokens are left
+out, as is usual; they are a few percent. A backward pass is two forward passes.
+"""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+
+
+def forward_flops(config: ModelConfig, seq_len: int | None = None) -> float:
+    """FLOPs of one token's forward pass, mean over a sequence of `seq_len` (default: max_seq_len)."""
+    return 2 * matmul_parameters(config) + attention_flops(config, seq_len or config.max_seq_len)
+
+
+def training_flops(config: ModelConfig, seq_len: int | None = None) -> float:
+    """FLOPs of one token's forward and backward pass."""
+    return 3 * forward_flops(config, seq_len)
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Active parameters that are multiplied: the output matrix is, looking an embedding up is not."""
+    unused = 0 if config.tie_embeddings else config.vocab_size * config.dim
+    return config.num_active_parameters() - unused - _vectors(config)
+
+
+def _vectors(config: ModelConfig) -> int:
+    """Active parameters that are added or scale: norms, biases, sinks; and learned latents."""
+    attention = config._attention_parameters() - _attention_matrices(config)
+    biases = config.num_experts * config.router.router_bias
+    if config.experts.expert_bias:
+        biases += config.top_k * (2 * config.expert_dim + config.dim)
+    layers = config.num_layers * (2 * config.dim + attention) + config.num_moe_layers * biases
+    return layers + config.dim
+
+
+def _attention_matrices(config: ModelConfig) -> int:
+    heads, mla = config.num_heads, config.mla
+    if config.attention != "mla":
+        return 2 * config.dim * config.head_width * (heads + config.kv_heads)
+    q_width = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    queries = config.dim * q_width
+    if mla.q_lora_rank is not None:
+        queries = mla.q_lora_rank * (config.dim + q_width)
+    down = config.dim * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    up = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    return queries + down + up + heads * mla.v_head_dim * config.dim
+
+
+def attention_flops(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs of scores and weighted sums, all layers, mean over the positions of a sequence."""
+    heads = config.num_heads
+    if config.attention == "mla":
+        pair = 2 * heads * (config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim + config.mla.v_head_dim)
+    else:
+        pair = 4 * heads * config.head_width
+    if config.attention == "latent":
+        read = 4 * config.latents.num_latents * config.kv_heads * config.head_width
+        near = (min(config.latents.latent_chunk, seq_len) + 1) / 2
+        return config.num_layers * (read + pair * (near + config.latents.num_latents))
+    return sum(pair * mean_keys(config, layer, seq_len) for layer in range(config.num_layers))
+
+
+def mean_keys(config: ModelConfig, layer: int, seq_len: int) -> float:
+    """Keys that a query of layer `layer` may read, mean over positions; a sparse pattern counts as full."""
+    if not config.reach.is_local(layer):
+        return (seq_len + 1) / 2
+    window = config.reach.window
+    assert window is not None
+    reach = min(window + config.reach.sink_tokens, seq_len)
+    return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
