@@ -106,6 +106,11 @@ class KVCache:
             return 0, first.num_held + num_new
         return self.length, num_new
 
+    def total_length(self, num_new: int) -> int:
+        """Tokens that dynamic RoPE must reach: all there will be, or those kept where keys turn when read."""
+        start, length = self.rope_range(num_new)
+        return start + length if self.layers[0].rotates_late else self.max_length
+
     def _layer(self, layer: int, bounded: bool) -> LayerCache | LatentCache:
         config, device = self._config, self._device
         if config.attention == "latent":

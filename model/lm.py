@@ -85,7 +85,7 @@ class Decoder(nn.Module):
     def _ropes(self, num_new: int, like: Tensor, cache: KVCache | None) -> tuple[RopeTables, RopeTables]:
         """Angles for layers that read everything, and for local ones; what is cached may need them as well."""
         start, length = (0, num_new) if cache is None else cache.rope_range(num_new)
-        total = start + length if cache is None else cache.max_length
+        total = start + length if cache is None else cache.total_length(num_new)
         everywhere = rope_tables(self.config, start, length, like, total_length=total)
         if self.config.rope.local_rope_base is None:
             return everywhere, everywhere

@@ -44,7 +44,8 @@ def rope_tables(
     """
     positions_S = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
     if config.attention == "latent":
-        positions_S = positions_S % config.latents.latent_chunk
+        total_length = config.latents.latent_chunk
+        positions_S = positions_S % total_length
     frequencies = inverse_frequencies(config, like.device, local=local, total_length=total_length)
     angles = torch.outer(positions_S, frequencies)
     angles_SD = torch.cat((angles, angles), dim=-1)

@@ -263,6 +263,18 @@ def test_streaming_goes_on_past_the_trained_length() -> None:
     )
 
 
+def test_streaming_never_stretches_what_fits() -> None:
+    """Dynamic RoPE is for the places in use, not for the tokens that went by."""
+    model, plain = _model("grouped", "dynamic"), _model("grouped")
+    eviction = SinksAndRecent(sinks=2, recent=8)
+    caches = [KVCache(m.config, batch_size=1, max_length=500, eviction=eviction) for m in (model, plain)]
+    for piece in _ids(1, 40).split(4, dim=1):
+        dynamic, as_trained = (
+            m(piece, cache=c).logits_BSV for m, c in zip((model, plain), caches, strict=True)
+        )
+        assert torch.equal(dynamic, as_trained)
+
+
 @pytest.mark.parametrize("attention_name", ["grouped", "mla"])
 def test_heavy_hitters_keep_what_was_read_most(attention_name: str) -> None:
     """A loop over heads with the attention mass of the keys still held."""
