@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from moeviz.alerts import alert_line
 from moeviz.records import AlertRecord
 from trainer.evaluate import DomainLoss, evaluation_scalars
 from trainer.interrupt import Interrupt
-from trainer.progress import LiveBar, PlainLines, StepReport, alert_line, open_progress
+from trainer.progress import LiveBar, PlainLines, StepReport, open_progress
 
 REPORT = StepReport(
     step=9,

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from model.lm import MoELanguageModel
+from moeviz.alerts import alert_line
 from moeviz.errors import MoevizError
 from trainer.checkpoint import Checkpoint, restore
 from trainer.checkpoint_folder import list_checkpoints, set_aside_after
 from trainer.config import TrainConfig
 from trainer.engine import Engine, build_engine, set_threads
-from trainer.progress import Progress, alert_line
+from trainer.progress import Progress
 from trainer.recorder import Recorder, open_recorder
 from trainer.resume import CHECKPOINTS, check_resumable, find_checkpoint, run_of
 from trainer.schedule import LearningRate, learning_rate_of

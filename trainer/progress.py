@@ -17,8 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
-from moeviz.colors import SEVERITY_MARKS
-from moeviz.records import AlertRecord
 from trainer.evaluate import DomainLoss
 
 _log = logging.getLogger("moeviz.trainer")
@@ -138,12 +136,3 @@ def evaluation_line(step: int, losses: Mapping[str, DomainLoss]) -> str:
     mean = sum(each.loss_nats * each.num_tokens for each in losses.values()) / max(tokens, 1)
     domains = ", ".join(f"{name} {each.loss_nats:.3f}" for name, each in losses.items())
     return f"step {step}  validation loss {mean:.3f} ({domains})"
-
-
-def alert_line(alert: AlertRecord) -> str:
-    """One transition of an alert: what happened where, and what to do about it."""
-    where = "" if alert.layer is None else f" layer {alert.layer}"
-    if alert.cleared_step is not None:
-        return f"step {alert.updated_step}  cleared: {alert.rule}{where}"
-    mark = SEVERITY_MARKS[alert.severity]
-    return f"step {alert.updated_step}  {mark} {alert.severity}: {alert.rule}{where}: {alert.message}"

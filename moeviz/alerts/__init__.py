@@ -6,7 +6,7 @@
 
 from moeviz.alerts.config import RULE_VERSION, AlertConfig, RunPlan
 from moeviz.alerts.detector import RouterDetector
-from moeviz.alerts.grouping import AlertGroup, grouped, latest
+from moeviz.alerts.grouping import AlertGroup, alert_line, grouped, latest
 from moeviz.alerts.rules import RULES, SEVERITIES, Rule, rule
 from moeviz.alerts.scalars import ScalarDetector
 
@@ -20,6 +20,7 @@ __all__ = [
     "Rule",
     "RunPlan",
     "ScalarDetector",
+    "alert_line",
     "grouped",
     "latest",
     "rule",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moeviz.alerts.rules import SEVERITIES, rule
+from moeviz.colors import SEVERITY_MARKS
 from moeviz.records import AlertRecord, Severity
 
 
@@ -42,6 +43,15 @@ def latest(alerts: Iterable[AlertRecord]) -> tuple[AlertRecord, ...]:
         return False, -SEVERITIES.index(alert.severity), -alert.raised_step
 
     return tuple(sorted(states.values(), key=place))
+
+
+def alert_line(alert: AlertRecord) -> str:
+    """One transition of an alert as a line: what happened where."""
+    where = "" if alert.layer is None else f" layer {alert.layer}"
+    if alert.cleared_step is not None:
+        return f"step {alert.updated_step}  cleared: {alert.rule}{where}"
+    mark = SEVERITY_MARKS[alert.severity]
+    return f"step {alert.updated_step}  {mark} {alert.severity}: {alert.rule}{where}: {alert.message}"
 
 
 def grouped(alerts: Iterable[AlertRecord], num_layers: int) -> tuple[AlertGroup, ...]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from moeviz.errors import MoevizError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from moeviz.records import AlertRecord
+    from moeviz.records import AlertRecord, Severity
+    from moeviz.store.reader import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +27,14 @@ class AlertsArguments:
     """Run folder, or its name under ./runs; the newest run when left out."""
     open: bool = False
     """Only alerts that are not cleared."""
+    since: int | None = None
+    """Only what happened at this step or later."""
+    follow: bool = False
+    """Print every transition (raised, worse, graver, cleared) once, as it happens, until the run has ended."""
+    poll_seconds: float = 1.0
+    """Pause between two looks at the run (with --follow)."""
     json: bool = False
-    """Print JSON instead of text."""
+    """Print JSON instead of text; with --follow JSON Lines, one transition a line."""
 
 
 def main(argv: list[str]) -> int:
@@ -33,24 +43,84 @@ def main(argv: list[str]) -> int:
     arguments = tyro.cli(
         AlertsArguments, args=argv, prog="moeviz alerts", config=(tyro.conf.FlagCreatePairsOff,)
     )
+    if arguments.poll_seconds <= 0:
+        raise MoevizError(f"poll_seconds={arguments.poll_seconds} is not positive; 1 is usual")
     from moeviz.store.catalog import resolve_run
-    from moeviz.store.queries import alert_records
     from moeviz.store.reader import open_run
 
     with open_run(resolve_run(arguments.run)) as store:
-        alerts = [alert for alert in alert_records(store) if not arguments.open or alert.cleared_step is None]
-        name = store.info.name
+        if arguments.follow:
+            for alert in follow(store, arguments.since or 0, arguments.poll_seconds, arguments.open):
+                line = json.dumps(asdict(alert), default=str) if arguments.json else _followed(alert)
+                print(line, flush=True)
+        else:
+            _list(store, arguments)
+    return 0
+
+
+def _list(store: Store, arguments: AlertsArguments) -> None:
+    from moeviz.store.queries import alert_records
+
+    alerts = [
+        alert
+        for alert in alert_records(store)
+        if alert.updated_step >= (arguments.since or 0)
+        and not (arguments.open and alert.cleared_step is not None)
+    ]
     if arguments.json:
         print(json.dumps([asdict(alert) for alert in alerts], indent=2, default=str))
-        return 0
+        return
     from rich.console import Console
 
     console = Console()
     if alerts:
         console.print(alert_list(alerts))
     else:
-        console.print(f"[bold green]✓[/] {name}: no {'open ' if arguments.open else ''}alerts")
-    return 0
+        since = "" if arguments.since is None else f" since step {arguments.since}"
+        console.print(
+            f"[bold green]✓[/] {store.info.name}: no {'open ' if arguments.open else ''}alerts{since}"
+        )
+
+
+def follow(
+    store: Store,
+    since: int,
+    poll_seconds: float,
+    open_only: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[AlertRecord]:
+    """Every transition from step `since` on, once each, those that are stored already first; ends with the run.
+
+    Args:
+        open_only: leave out the transitions of alerts that are cleared by the time they are seen.
+        sleep: waits between two looks.
+    """
+    from moeviz.store.queries import alert_transitions, has_ended
+
+    seen: set[tuple[str, int, Severity, int | None, str]] = set()
+    revision: int | None = None
+    while True:
+        # In this order: what is stored before the end of the run is read after the end was seen.
+        ended, current = has_ended(store), store.revisions()["alerts"]
+        if current != revision:
+            revision = current
+            transitions = alert_transitions(store, since)
+            cleared = {alert.episode for alert in transitions if alert.cleared_step is not None}
+            for alert in transitions:
+                key = (alert.episode, alert.updated_step, alert.severity, alert.cleared_step, alert.message)
+                if key not in seen and not (open_only and alert.episode in cleared):
+                    yield alert
+                seen.add(key)
+        if ended:
+            return
+        sleep(poll_seconds)
+
+
+def _followed(alert: AlertRecord) -> str:
+    from moeviz.alerts import alert_line
+
+    remedy = f"\n    → {alert.remedy}" if alert.remedy and alert.updated_step == alert.raised_step else ""
+    return alert_line(alert) + (remedy if alert.cleared_step is None else "")
 
 
 def alert_list(alerts: Sequence[AlertRecord]) -> RenderableType:

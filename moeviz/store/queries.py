@@ -5,11 +5,14 @@ The functions live beside their kin in `queries_*.py`; import them from here.
 
 from __future__ import annotations
 
+from moeviz.store.queries_analysis import analysis
+from moeviz.store.queries_around import alerts_around, metrics_around, scalars_around
 from moeviz.store.queries_loads import last_step, load_history, load_matrix, load_over_time, step_range
 from moeviz.store.queries_paths import coactivation, expert_tokens, transitions
 from moeviz.store.queries_runs import end_status, has_ended, list_runs, run_state, step_rhythm
 from moeviz.store.queries_series import (
     alert_records,
+    alert_transitions,
     alerts,
     dropped_samples,
     events,
@@ -30,7 +33,10 @@ from moeviz.store.queries_tokens import (
 __all__ = [
     "TraceArrays",
     "alert_records",
+    "alert_transitions",
     "alerts",
+    "alerts_around",
+    "analysis",
     "attention_index",
     "attention_map",
     "coactivation",
@@ -46,8 +52,10 @@ __all__ = [
     "load_over_time",
     "metric_names",
     "metric_over_time",
+    "metrics_around",
     "run_state",
     "scalars",
+    "scalars_around",
     "sequences",
     "step_range",
     "step_rhythm",

@@ -96,6 +96,26 @@ def alerts(store: Store, open_only: bool = False) -> pd.DataFrame:
 
 def alert_records(store: Store) -> tuple[AlertRecord, ...]:
     """`alerts` as records, for views that share code with live alerting."""
+    return _records(alerts(store))
+
+
+def alert_transitions(
+    store: Store, first: int | None = None, last: int | None = None
+) -> tuple[AlertRecord, ...]:
+    """Every transition of every alert in steps first..last (inclusive), in the order in which they happened."""
+    lowest, highest = -1 if first is None else first, (1 << 31) - 1 if last is None else last
+    return _records(
+        store.frame(
+            lambda: (
+                f"""SELECT * FROM {store.source("alerts", lowest, highest)}
+            WHERE step BETWEEN ? AND ? ORDER BY ts, step, episode"""
+            ),
+            [lowest, highest],
+        )
+    )
+
+
+def _records(rows: pd.DataFrame) -> tuple[AlertRecord, ...]:
     return tuple(
         AlertRecord(
             episode=row.episode,
@@ -114,7 +134,7 @@ def alert_records(store: Store) -> tuple[AlertRecord, ...]:
             remedy=row.remedy,
             evidence=orjson.loads(row.evidence),
         )
-        for row in alerts(store).itertuples()
+        for row in rows.itertuples()
     )
 
 

@@ -1,0 +1,200 @@
+"""Alerts at the command line: following a run, an exit status, what was true around a step."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from store_runs import L, Step, alert, event, model_info, new_run, write_steps
+
+from moeviz.cli import main
+from moeviz.commands.alerts import follow
+from moeviz.store import run as run_module
+from moeviz.store.reader import open_run
+from moeviz.store.run import resume_run
+from moeviz.store.writer import SegmentWriter
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COLUMNS", "160")
+    return new_run(tmp_path / "one")
+
+
+def write(path: Path, *records: object) -> None:
+    writer = SegmentWriter(path, flush_seconds=1e9)
+    for record in records:
+        writer.write(record)  # type: ignore[arg-type]
+    writer.close()
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 0) -> str:
+    assert main(list(argv)) == status
+    captured = capsys.readouterr()
+    return captured.out or captured.err
+
+
+def test_following_prints_each_transition_once_and_ends_with_the_run(path: Path) -> None:
+    """The writer moves on between two looks; a look that finds nothing new prints nothing."""
+    life = [
+        [alert("SKEW/1/5", 5, severity="warning")],
+        [],
+        [
+            alert("SKEW/1/5", 8, severity="error", message="worse"),
+            alert("DEAD/2/9", 9, severity="error"),
+        ],
+        [alert("SKEW/1/5", 12, cleared=12, severity="error"), event(13, "ended")],
+    ]
+    write(path, alert("SKEW/0/1", 1), *life[0])
+    looks = iter(life[1:])
+    with open_run(path) as store:
+        got = [
+            (one.episode, one.updated_step, one.cleared_step)
+            for one in follow(store, 2, 1.0, sleep=lambda _: write(path, *next(looks)))
+        ]
+    assert got == [("SKEW/1/5", 5, None), ("SKEW/1/5", 8, None), ("DEAD/2/9", 9, None), ("SKEW/1/5", 12, 12)]
+    assert next(looks, None) is None
+
+
+def test_following_goes_on_after_a_resume(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "write_views", lambda path: True)
+    write(path, alert("SKEW/1/5", 5), event(6, "ended", ts=1.0))
+
+    def go_on(_: float) -> None:
+        write(path, alert("SKEW/1/7", 7), event(8, "ended", ts=3.0))
+
+    resume_run(path, 6)
+    write(path, event(6, "resumed", ts=2.0))
+    with open_run(path) as store:
+        assert [one.episode for one in follow(store, 0, 1.0, sleep=go_on)] == ["SKEW/1/5", "SKEW/1/7"]
+
+
+def test_following_an_ended_run_is_json_lines(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(
+        path, alert("SKEW/1/5", 5), alert("DEAD/2/7", 7), alert("DEAD/2/7", 9, cleared=9), event(9, "ended")
+    )
+    lines = [json.loads(line) for line in run(capsys, "alerts", str(path), "--follow", "--json").splitlines()]
+    assert [(line["episode"], line["cleared_step"]) for line in lines] == [
+        ("SKEW/1/5", None),
+        ("DEAD/2/7", None),
+        ("DEAD/2/7", 9),
+    ]
+    text = run(capsys, "alerts", str(path), "--follow", "--open")
+    assert "SKEW" in text
+    assert "raise the balance loss" in text
+    assert "DEAD" not in text
+
+
+def test_listing_since_a_step_keeps_what_changed_later(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(path, alert("SKEW/1/5", 5), alert("DEAD/2/7", 7), alert("DEAD/2/7", 9, cleared=9))
+    for since, expected in (("0", 2), ("6", 1), ("9", 1), ("10", 0)):
+        assert len(json.loads(run(capsys, "alerts", str(path), "--since", since, "--json"))) == expected
+    assert "no alerts since step 10" in run(capsys, "alerts", str(path), "--since", "10")
+
+
+@pytest.mark.parametrize(
+    ("severity", "fails"),
+    [
+        ("info", ()),
+        ("warning", ("warning",)),
+        ("error", ("warning", "error")),
+        ("critical", ("warning", "error", "critical")),
+    ],
+)
+def test_check_fails_from_its_severity_on(
+    path: Path, capsys: pytest.CaptureFixture[str], severity: str, fails: tuple[str, ...]
+) -> None:
+    write(path, *Step(5).records(), alert("SKEW/1/5", 5, severity=severity))
+    for line in ("warning", "error", "critical"):
+        text = run(capsys, "check", str(path), "--fail-on", line, status=int(line in fails))
+        assert ("SKEW" in text) == (line in fails)
+    assert main(["check", str(path)]) == int("error" in fails)
+
+
+def test_check_forgives_what_was_cleared(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(path, *Step(5).records(), alert("SKEW/1/5", 5), alert("SKEW/1/5", 9, cleared=9))
+    assert "no open alert" in run(capsys, "check", str(path))
+
+
+def test_check_tells_one_rule_in_most_layers_as_one_line(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alerts = [alert(f"EXPERT_DEAD/{layer}/5", 5, layer=layer) for layer in range(L)]
+    write(path, *Step(5).records(), *alerts)
+    text = run(capsys, "check", str(path), status=1)
+    assert f"in {L} of {L} layers" in text
+    assert "1 open alert of" in text
+
+
+def test_check_fails_a_run_that_ended_by_an_error(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(path, *Step(5).records(), event(6, "ended", status="failed"))
+    assert "ended by an error" in run(capsys, "check", str(path), status=1)
+
+
+def test_check_does_not_judge_a_run_without_a_step(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing to judge" in run(capsys, "check", str(path), status=1)
+
+
+def test_a_snapshot_says_what_the_records_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = SegmentWriter(path, flush_seconds=1e9)
+    steps = write_steps(writer, range(20), flush_every=7)
+    for record in (
+        alert("SKEW/0/1", 1),
+        alert("SKEW/0/1", 4, cleared=4),
+        alert("SKEW/1/2", 2),
+        alert("DEAD/2/9", 9),
+        alert("SKEW/1/2", 15, cleared=15),
+        event(3, "checkpoint"),
+        event(11, "checkpoint", path="here"),
+    ):
+        writer.write(record)
+    writer.close()
+    facts = json.loads(run(capsys, "snapshot", str(path), "--around", "10", "--window", "3", "--json"))
+    assert (facts["first"], facts["last"]) == (7, 13)
+    (loss,) = [row for row in facts["scalars"] if row["name"] == "loss"]
+    values = [one.loss for one in steps]
+    assert loss["value"] == pytest.approx(values[10])
+    assert loss["before"] == pytest.approx(sum(values[7:10]) / 3)
+    assert loss["after"] == pytest.approx(sum(values[11:14]) / 3)
+    assert (loss["lowest"], loss["highest"]) == pytest.approx((min(values[7:14]), max(values[7:14])))
+    gini = {row["layer"]: row["value"] for row in facts["metrics"] if row["name"] == "gini"}
+    assert gini == pytest.approx({layer: float(steps[10].entropy_L[layer]) / 7 for layer in range(L)})
+    (maxvio,) = [row for row in facts["metrics"] if row["name"] == "maxvio"]
+    assert (maxvio["layer"], maxvio["value"]) == (None, 2.5)
+    states = [(one["episode"], one["cleared_step"]) for one in facts["alerts"]]
+    assert sorted(states) == [("DEAD/2/9", None), ("SKEW/1/2", None)], "as of the window's last step"
+    assert [one["episode"] for one in facts["transitions"]] == ["DEAD/2/9"]
+    assert [(one["step"], one["detail"]) for one in facts["events"]] == [(11, {"path": "here"})]
+
+
+def test_a_snapshot_is_a_page_that_names_the_worst_layer_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moeviz.derive import DeriveSink
+
+    monkeypatch.setenv("COLUMNS", "160")
+    path = new_run(tmp_path / "derived")
+    sink = DeriveSink(SegmentWriter(path, flush_seconds=1e9), model_info())
+    write_steps(sink, range(3), flush_every=3)
+    sink.close()
+    facts = json.loads(run(capsys, "snapshot", str(path), "--json"))
+    entropy = {row["layer"]: row["value"] for row in facts["metrics"] if row["name"] == "load_entropy"}
+    assert facts["step"] == 2
+    assert sorted(facts["worst_layers"]) == list(range(L))
+    assert all(entropy[low] <= entropy[high] for low, high in pairwise(facts["worst_layers"]))
+    text = run(capsys, "snapshot", str(path), "--window", "1")
+    for part in ("derived", "looking at steps 1 to 2", "loss", "load_entropy", "Alerts", "Events"):
+        assert part in text
+
+
+def test_a_snapshot_of_steps_that_were_not_recorded_says_which_were(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no step yet" in run(capsys, "snapshot", str(path), status=1)
+    write(path, *Step(5).records())
+    assert "newest step is 5" in run(capsys, "snapshot", str(path), "--around", "900", status=1)
+    assert "window=-1" in run(capsys, "snapshot", str(path), "--window", "-1", status=1)
