@@ -22,6 +22,7 @@ from model.attention_config import (
     RopeConfig,
 )
 from model.expert_config import ExpertConfig, RouterConfig
+from model.head_config import HeadConfig
 
 __all__ = ["ModelConfig", "RouterConfig"]
 
@@ -88,6 +89,8 @@ class ModelConfig:
     """How tokens choose experts."""
     experts: ExpertConfig = field(default_factory=ExpertConfig)
     """What an expert computes."""
+    heads: HeadConfig = field(default_factory=HeadConfig)
+    """What is predicted beside the next token, in training."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
 
@@ -265,7 +268,8 @@ class ModelConfig:
         moe = router + experts * expert + shared
         dense = (self.num_layers - self.num_moe_layers) * 3 * self.dim * self.dense_dim
         layers = self.num_layers * block + self.num_moe_layers * moe + dense
-        return embeddings + layers + self.dim
+        contrastive = self.dim * (self.dim + self.heads.contrastive_width)
+        return embeddings + layers + self.dim + (contrastive if self.heads.contrastive_width else 0)
 
     def _attention_parameters(self) -> int:
         if self.attention == "mla":
@@ -312,6 +316,7 @@ class ModelConfig:
 _NESTED = {
     "router": RouterConfig,
     "experts": ExpertConfig,
+    "heads": HeadConfig,
     "rope": RopeConfig,
     "reach": ReachConfig,
     "mla": MLAConfig,

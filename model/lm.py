@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from model.block import Block, BlockOutput
 from model.config import ModelConfig
+from model.contrastive import ContrastiveHead, info_nce
 from model.head import LMHead
 from model.kv_cache import KVCache
 from model.losses import balance_losses, expert_counts, sequence_balance_losses, z_losses
@@ -36,7 +37,7 @@ class ModelOutput(NamedTuple):
     """float32, nats, detached: loss of predicting `labels_BS` at each position, 0 where the label is -100."""
     aux: dict[str, Tensor]
     """Router losses per MoE layer [L], no coefficients: `balance` (1 is even), `z`, and `orthogonality` where
-    the router asks for it; empty without labels."""
+    the router asks for it; and the scalar `contrastive` with such a head and labels. Empty without labels."""
     expert_counts_LE: Tensor
     """int64, detached: valid tokens that chose each expert; rows sum to N * K."""
 
@@ -115,6 +116,8 @@ class MoELanguageModel(nn.Module):
         self.lm_head = LMHead(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        width = config.heads.contrastive_width
+        self.contrastive = ContrastiveHead(config.dim, width) if width else None
         self.init_weights()
 
     def forward(
@@ -125,6 +128,7 @@ class MoELanguageModel(nn.Module):
         attention_mask_BS: Tensor | None = None,
         cache: KVCache | None = None,
         counts_so_far_LE: Tensor | None = None,
+        sequence_labels_B: Tensor | None = None,
     ) -> ModelOutput:
         """Run the model.
 
@@ -139,6 +143,8 @@ class MoELanguageModel(nn.Module):
             cache: keys and values of earlier tokens, to which these are added.
             counts_so_far_LE: assignments of the same step's other micro-batches and ranks, as far as known;
                 with router.balance_scope=global the balance loss evens out their sum with these.
+            sequence_labels_B: int64, for the contrastive head: sequences of one label, for example a domain, belong
+                together; -1 belongs to nothing. None: no loss.
         """
         valid_BC = attention_mask_BS.bool() if attention_mask_BS is not None else None
         hidden_BSD, routings = self.model(input_ids_BS, valid_BC, cache)
@@ -148,7 +154,17 @@ class MoELanguageModel(nn.Module):
         aux: dict[str, Tensor] = {}
         if labels_BS is not None:
             aux = self._aux(routings, counts_LE, valid_T, len(input_ids_BS), counts_so_far_LE)
+            if self.contrastive is not None and sequence_labels_B is not None:
+                aux["contrastive"] = self._contrast(hidden_BSD, valid_T, sequence_labels_B)
         return ModelOutput(logits_BSV, ce, token_loss_BS, aux, counts_LE)
+
+    def _contrast(self, hidden_BSD: Tensor, valid_T: Tensor | None, labels_B: Tensor) -> Tensor:
+        assert self.contrastive is not None
+        heads = self.config.heads
+        valid_BS = None if valid_T is None else valid_T.view(hidden_BSD.shape[:2])
+        vectors_BP = self.contrastive(hidden_BSD, valid_BS)
+        temperature, hard = heads.contrastive_temperature, heads.hard_negatives
+        return info_nce(vectors_BP, labels_B, temperature=temperature, hard_negatives=hard)
 
     def _counts(self, routings: Sequence[Routing], valid_T: Tensor | None, device: torch.device) -> Tensor:
         if not routings:
