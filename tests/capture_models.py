@@ -14,6 +14,7 @@ from model.lm import MoELanguageModel
 from moeviz.records import Record
 
 VOCAB = 61
+torch.set_num_threads(1)  # threads of a tiny product only wait for each other
 _R = TypeVar("_R")
 
 

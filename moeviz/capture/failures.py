@@ -35,12 +35,13 @@ class Failures:
     """Whether a measurement of the step in progress is missing, so that its sums would be wrong."""
     _said: set[str] = field(default_factory=set)
 
-    def note(self, where: str, error: Exception, *, spoils: bool = False) -> bool:
+    def note(self, where: str, error: Exception, *, name: str = "", spoils: bool = False) -> bool:
         """Count an error of `where`; log it the first time that this kind of error happens there.
 
         Args:
             where: what was being done, for people.
             error: what happened.
+            name: of the module it happened at; errors of other modules are not said again.
             spoils: the sums of the step are incomplete.
 
         Returns:
@@ -55,7 +56,7 @@ class Failures:
         self._said.add(key)
         _log.warning(
             "recording failed in %s: %s: %s; training goes on%s",
-            where,
+            f"{where} {name}".strip(),
             type(error).__name__,
             error,
             ", this step has no loads" if spoils else "",

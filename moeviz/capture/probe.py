@@ -73,7 +73,7 @@ def attach(
             "leave info out, or describe this model"
         )
     probe = Probe(info or sites.info, sink, rank, first_step, defer, process_group)
-    probe._tap = Tap(sites, policy or SamplingPolicy(), when, probe._spoiled)
+    probe._tap = Tap(sites, policy or SamplingPolicy(), when, probe._failed)
     probe._tap.step = first_step
     probe._tap.attach()
     return probe
@@ -323,14 +323,11 @@ class Probe:
         except Exception as error:
             self._failed(f"writing {type(record).__name__}", error)
 
-    def _spoiled(self, where: str, error: Exception) -> None:
-        self._failed(where, error, spoils=True)
-
-    def _failed(self, where: str, error: Exception, *, spoils: bool = False) -> None:
+    def _failed(self, where: str, error: Exception, *, name: str = "", spoils: bool = False) -> None:
         """Count an error; write an event the first time. Never raises."""
-        if not self.failures.note(where, error, spoils=spoils):
+        if not self.failures.note(where, error, name=name, spoils=spoils):
             return
-        detail = {"where": where, "error": f"{type(error).__name__}: {error}"}
+        detail = {"where": f"{where} {name}".strip(), "error": f"{type(error).__name__}: {error}"}
         try:
             self._sink.write(
                 EventRecord(

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from moeviz.capture.micro_batch import MicroBatch
 from moeviz.capture.sample_batch import MapPiece, SequencePiece
 from moeviz.capture.sampling import choose_rows
+from moeviz.capture.transfer import index_tensor
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 
@@ -52,21 +52,20 @@ class Sampler:
 
     def begin(self, micro_batch: MicroBatch, step: int) -> None:
         """Choose the rows of a micro-batch that is about to run."""
-        policy, first = self.policy, self._seen
-        size = micro_batch.batch_size
+        self._rows, self.rows_N, self.attention_rows_N = [], None, None
+        policy, first, size = self.policy, self._seen, micro_batch.batch_size
         labels = [self._labels.popleft() if self._labels else self._label_of_all for _ in range(size)]
         self._seen += size
         routes, attends = policy.routes_at(step), policy.attends_at(step)
         taken = sum(len(piece.seqs) for piece in self.step.sequences)
         wanted = policy.route_sequences if routes else self.attention_sequences if attends else 0
-        self._rows = choose_rows(first, size, self._expected, wanted, step, taken)
-        rows = self._rows
-        self.rows_N = self.attention_rows_N = None
+        rows = choose_rows(first, size, self._expected, wanted, step, taken)
         if not rows:
             return
         source = micro_batch.ids_BS if micro_batch.ids_BS is not None else micro_batch.valid_BS
         device = source.device if source is not None else None
-        chosen = torch.tensor(rows, device=device)
+        self._rows = rows
+        chosen = index_tensor(rows, device)
         self.rows_N = chosen if routes else None
         room = max(0, self.attention_sequences - taken)
         self.attention_rows_N = chosen[:room] if attends and room else None
@@ -97,7 +96,7 @@ class Sampler:
                 "hand over the loss of every position, [B, S] or [B, S-1], right after its forward"
             )
         if self._rows:
-            rows_N = torch.tensor(self._rows, device=loss_BS.device)
+            rows_N = index_tensor(self._rows, loss_BS.device)
             self.step.tensors[f"loss/{micro_batch.index}"] = loss_BS.detach().float().index_select(0, rows_N)
 
     def take(self) -> StepSamples:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,16 @@ _HELD_ELEMENTS = 2**26
 """Logits that wait for the end of a forward at most (256 MB in float32); more are reduced at once."""
 
 
+class OnError(Protocol):
+    """Takes what went wrong inside a forward; `spoils`: the sums of the step are incomplete."""
+
+    def __call__(self, where: str, error: Exception, *, name: str = "", spoils: bool = False) -> None: ...
+
+
 class Tap:
     """Hooks on one model, and what they gathered since the last `take`."""
 
-    def __init__(
-        self, sites: Sites, policy: SamplingPolicy, when: When, on_error: Callable[[str, Exception], None]
-    ) -> None:
-        """`on_error(where, error)` is called with whatever goes wrong inside a forward."""
+    def __init__(self, sites: Sites, policy: SamplingPolicy, when: When, on_error: OnError) -> None:
         self._root, self._routers, self._cores = sites.root, sites.routers, sites.cores
         self._attentions = sites.info.attentions
         self._policy, self._when, self._on_error = policy, when, on_error
@@ -110,13 +113,17 @@ class Tap:
             self._clear_slots()
             index = 0 if self.micro_batch is None else self.micro_batch.index + 1
             self.micro_batch = micro_batch = _read_call(index, self._names, args, kwargs)
-            self.sampler.begin(micro_batch, self.step)
             self.collector.count_tokens(micro_batch)
-            self._switch.rows_N = self.sampler.attention_rows_N
-            self._switch.attending = self._switch.rows_N is not None
-            self._switch.awake = True
         except Exception as error:
-            self._on_error("the start of a forward", error)
+            self._on_error("the start of a forward", error, spoils=True)
+            return
+        try:
+            self.sampler.begin(micro_batch, self.step)
+        except Exception as error:
+            self._on_error("sampling", error)
+        self._switch.rows_N = self.sampler.attention_rows_N
+        self._switch.attending = self._switch.rows_N is not None
+        self._switch.awake = True
 
     def _end(self) -> None:
         if not self._switch.awake:
@@ -124,11 +131,11 @@ class Tap:
         self._sleep()
         try:
             self._collect()
-            for index, slot in enumerate(self._core_slots):
-                if slot.call is not None:
-                    self._keep_maps(index, slot.call)
         except Exception as error:
-            self._on_error("the end of a forward", error)
+            self._on_error("reducing", error, spoils=True)
+        for index, slot in enumerate(self._core_slots):
+            if slot.call is not None:
+                self._try_maps(index, slot.call)
         self._clear_slots()
 
     def _sleep(self) -> None:
@@ -165,21 +172,26 @@ class Tap:
                 slot.reading = read(module, args, kwargs, output)
                 self._held += slot.reading.logits_TE.numel()
             except Exception as error:
-                self._on_error(f"router {self._routers[layer].name}", error)
+                self._on_error("router", error, name=self._routers[layer].name, spoils=True)
 
         return guarded
 
     def _core_guard(self, index: int) -> Observe:
         def guarded(call: AttentionCall) -> None:
-            try:
-                rows_N = self._switch.rows_N
-                if rows_N is not None and not in_backward():
-                    heads = choose_heads(call.q_BHSD.shape[1], self._policy.attention_heads)
-                    self._keep_maps(index, select(call, rows_N, heads))
-            except Exception as error:
-                self._on_error(f"attention {self._cores[index].name}", error)
+            if not in_backward():
+                self._try_maps(index, call)
 
         return guarded
+
+    def _try_maps(self, index: int, call: AttentionCall) -> None:
+        try:
+            rows_N = self._switch.rows_N
+            if rows_N is not None and not call.heads:
+                heads = choose_heads(call.q_BHSD.shape[1], self._policy.attention_heads)
+                call = select(call, rows_N, heads)
+            self._keep_maps(index, call)
+        except Exception as error:
+            self._on_error("attention", error, name=self._cores[index].name)
 
     def _keep_maps(self, index: int, chosen: AttentionCall) -> None:
         """Compute the maps of a selected call; here, not in the writer, so that queries and keys are let go."""

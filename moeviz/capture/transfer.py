@@ -1,4 +1,4 @@
-"""Device to host without waiting: copies start at once, and whoever needs the numbers waits for them.
+"""Between device and host without waiting: copies start at once, and whoever needs the numbers waits for them.
 
 On CUDA the training thread only queues copies and one event; the writer thread waits for the event. On the
 CPU the tensors are handed over as they are, so they must not be written to afterwards.
@@ -6,7 +6,7 @@ CPU the tensors are handed over as they are, so they must not be written to afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +34,13 @@ class HostCopy:
         for event in self._events:
             event.synchronize()
         return {name: tensor.numpy() for name, tensor in self._host.items()}
+
+
+def index_tensor(indices: Sequence[int], device: torch.device | None) -> Tensor:
+    """Indices as an int64 tensor on `device`; a plain torch.tensor(..., device) would wait for CUDA."""
+    if device is None or device.type != "cuda":
+        return torch.tensor(indices, device=device)
+    return torch.tensor(indices).pin_memory().to(device, non_blocking=True)
 
 
 def _start(tensor: Tensor) -> Tensor:
