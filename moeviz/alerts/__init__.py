@@ -1,12 +1,14 @@
-"""Collapse detection: rules over smoothed, noise-aware loads, one alert per episode, pure numpy.
+"""Collapse detection: rules over smoothed, noise-aware loads, one alert per episode.
 
 `RouterDetector` and `ScalarDetector` turn records into AlertRecords; `RULES` says what each means;
-`AlertConfig` holds every threshold; `latest` and `grouped` order them for readers.
+`AlertConfig` holds every threshold; `latest` and `grouped` order them for readers; `Notifier`
+tells them to a `Command` or a `Webhook`.
 """
 
 from moeviz.alerts.config import RULE_VERSION, AlertConfig, RunPlan
 from moeviz.alerts.detector import RouterDetector
 from moeviz.alerts.grouping import AlertGroup, alert_line, grouped, latest
+from moeviz.alerts.notify import Command, Notifier, Webhook
 from moeviz.alerts.rules import RULES, SEVERITIES, Rule, rule
 from moeviz.alerts.scalars import ScalarDetector
 
@@ -16,10 +18,13 @@ __all__ = [
     "SEVERITIES",
     "AlertConfig",
     "AlertGroup",
+    "Command",
+    "Notifier",
     "RouterDetector",
     "Rule",
     "RunPlan",
     "ScalarDetector",
+    "Webhook",
     "alert_line",
     "grouped",
     "latest",
