@@ -14,6 +14,7 @@ from model.config import ModelConfig, RouterConfig
 from model.experts import GroupedExperts
 from model.lm import MoELanguageModel
 from model.router import TopKRouter, forced_routing, orthogonality_loss
+from moeviz.capture.adapters.named_tuple import find_router
 
 VOCAB = 23
 
@@ -313,3 +314,20 @@ def test_parameter_counts_include_the_size_of_the_noise() -> None:
     model = _model(router_noise="shazeer", router_bias=True)
     assert model.config.num_parameters() == sum(p.numel() for p in model.parameters())
     assert math.prod(model.model.layers[0].mlp.gate.noise_weight.shape) == 4 * 16
+
+
+@pytest.mark.parametrize("router", [{"capacity_factor": 0.5}, {"chooser": "expert"}], ids=str)
+def test_a_viewer_sees_which_slots_were_dropped(router: dict[str, Any]) -> None:
+    gate = _model(**router).train().model.layers[0].mlp.gate
+    site = find_router("gate", gate, None)
+    assert site is not None
+    x_BSD = torch.randn(2, 12, 16)
+    routing = gate(x_BSD)
+    reading = site.read(gate, (x_BSD,), {}, routing)
+    assert reading.dropped_TK is not None
+    assert torch.equal(reading.dropped_TK, ~routing.kept_TK)
+    assert bool(reading.dropped_TK.any())
+    assert reading.expert_ids_TK.shape == (24, site.top_k)
+    dropless = gate.eval()(x_BSD)
+    if "chooser" not in router:
+        assert site.read(gate, (x_BSD,), {}, dropless).dropped_TK is None
