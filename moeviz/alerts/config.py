@@ -6,7 +6,10 @@ with a change of meaning: it is stored with each alert, so that old runs are rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
 
 from moeviz.errors import MoevizError
 
@@ -121,6 +124,20 @@ class AlertConfig:
     explode_clip_after: int = 50
     """... or over this multiple of the clipping norm for this long."""
 
+    circulating: bool = False
+    """Also judge by rules that many repeat and nobody has a source for (`Rule.circulating`)."""
+    circulating_experts: int = 8
+    circulating_share: float = 0.05
+    """FIVE_PERCENT: an expert below this share of one step's assignments, in layers of this many experts."""
+    circulating_z_loss: float = 0.01
+    """Z_LOSS_LINE: weighted z-loss of a layer above this."""
+    circulating_grad_norm: float = 10.0
+    """GRAD_NORM_LINE: gradient norm above this for `raise_after` steps."""
+    circulating_loss_steps: int = 5000
+    """LOSS_RISING: no new best of the smoothed loss for more than this many steps."""
+    circulating_val_excess: float = 0.2
+    """VALIDATION_GAP: validation loss above the smoothed training loss by this share."""
+
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
@@ -130,6 +147,38 @@ class AlertConfig:
             raise MoevizError(
                 f"raise_after={self.raise_after}, clear_after={self.clear_after}: both must be at least 1"
             )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AlertConfig:
+        """Read what another version may have written: thresholds that no longer exist are left out."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def with_thresholds(self, settings: Iterable[str]) -> AlertConfig:
+        """Change thresholds given as `NAME=VALUE`, as on a command line.
+
+        Raises:
+            MoevizError: an unknown name, a value that is no number or not allowed.
+        """
+        defaults = {item.name: getattr(self, item.name) for item in fields(self)}
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            name = name.strip().replace("-", "_")
+            changes[name] = _number(name, text, defaults.get(name))
+        return replace(self, **changes)
+
+
+def _number(name: str, text: str, default: Any) -> int | float:
+    if default is None or isinstance(default, bool):
+        names = [item.name for item in fields(AlertConfig) if item.type not in (bool, "bool")]
+        near = get_close_matches(name, names, n=3) or names
+        raise MoevizError(f"{name!r} is no threshold of the alert rules; there is {', '.join(near)}")
+    try:
+        return type(default)(text)
+    except ValueError:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise MoevizError(f"{name}={text}: this threshold is {kind}; its default is {default}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +194,8 @@ class RunPlan:
     """Where it is not given it is read off the drops."""
     bias_step: float | None = None
     """u of the loss-free balancing rule; where it is not given it is read off the bias."""
+    z_coef: float | None = None
+    """Weight of the router z-loss in the training loss."""
 
     def startup_end(self, config: AlertConfig) -> int:
         """First step at which load alerts keep their full severity."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from moeviz.alerts.circulating import circulating_readings
 from moeviz.alerts.config import AlertConfig, RunPlan
 from moeviz.alerts.drift import Drift
 from moeviz.alerts.episodes import Episodes, Finding
@@ -90,9 +91,11 @@ class RouterDetector:
         armed_L = (statistics.seen_L >= config.arm_after) & (statistics.assignments_L > 0)
         gap_nats_L = (1 - live["load_entropy"]) * np.log(statistics.num_experts_L)
         self._drift.update(gap_nats_L, self._view.util_L, armed_L, record.step)
-        return load_readings(statistics, self._drift, self._view, config) + self._routers.readings(
-            record, live, statistics.design_effect_L, self._shapes
-        )
+        readings = load_readings(statistics, self._drift, self._view, config)
+        readings += self._routers.readings(record, live, statistics.design_effect_L, self._shapes)
+        if config.circulating:
+            readings += circulating_readings(live, armed_L, self._shapes[0], config, self.plan.z_coef)
+        return readings
 
     def _transitions(self, readings: list[Reading], step: int) -> list[AlertRecord]:
         if self._latch is None:
@@ -136,7 +139,7 @@ class RouterDetector:
 
     def _new_latch(self) -> Latch:
         config = self.config
-        persist = {"LOAD_DRIFT": 1, "NONFINITE": 1}
+        persist = {"LOAD_DRIFT": 1, "NONFINITE": 1, "FIVE_PERCENT": 1}
         persist |= {"BIAS_SATURATED": config.bias_after, "ROUTER_HARDENED": config.hard_after}
         raise_after_R = np.array([persist.get(rule_id, config.raise_after) for rule_id, _ in self._rows])
         shape = (len(self._rows), self._info.num_layers)

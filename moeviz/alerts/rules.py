@@ -37,6 +37,8 @@ class Rule:
     """Whether it is capped at warning while a run starts, when imbalance is normal."""
     message: str
     remedy: str
+    circulating: bool = False
+    """A rule that many repeat and nobody has a source for: judged only with `AlertConfig.circulating`."""
     version: int = RULE_VERSION
 
 
@@ -179,6 +181,61 @@ RULES: tuple[Rule, ...] = (
         message="{name} is not finite at step {step}{where}.",
         remedy="Stop: the weights may be poisoned. Restart from the last checkpoint before step {step} "
         "with a lower learning rate; keep router and loss in float32.",
+    ),
+    Rule(
+        id="FIVE_PERCENT",
+        title="Expert under 5 % (rule in circulation)",
+        severity="warning",
+        watches="smallest share of a step's assignments",
+        worse="lower",
+        message="The least used expert of layer {layer} got {value:.1%} of the assignments of step {step}, less than "
+        "{threshold:.0%}: called routing collapse in circulation.",
+        remedy="No source is known, and one step is a small sample: healthy models trip this thousands of times. "
+        "EXPERT_STARVED draws the same line on smoothed loads, with their noise.",
+        circulating=True,
+    ),
+    Rule(
+        id="Z_LOSS_LINE",
+        title="Weighted z-loss over 0.01 (rule in circulation)",
+        severity="warning",
+        watches="weighted router z-loss of the layer",
+        message="The weighted z-loss of layer {layer} is {value:.3g}, over {threshold:.3g}: called unhealthy in "
+        "circulation.",
+        remedy="No source is known. At a weight of 1e-3 and zero logits it is 0.0043 with 8 experts but 0.0173 with "
+        "64: look at lse_rms and its growth, which ROUTER_LOGITS judges.",
+        circulating=True,
+    ),
+    Rule(
+        id="GRAD_NORM_LINE",
+        title="Gradient norm over 10 (rule in circulation)",
+        severity="warning",
+        watches="gradient norm",
+        message="The gradient norm has been over {threshold:g} for {lasting} steps, now {level:.3g}: called an "
+        "explosion in circulation.",
+        remedy="No source is known, and the usual norm depends on the model. GRAD_EXPLOSION compares it with the "
+        "run's own past.",
+        circulating=True,
+    ),
+    Rule(
+        id="LOSS_RISING",
+        title="Loss rising for 5,000 steps (rule in circulation)",
+        severity="warning",
+        watches="steps without a new best of the smoothed loss",
+        message="The smoothed loss, now {level:.4g}, has been above its best for {value:.0f} steps: called divergence "
+        "in circulation.",
+        remedy="No source is known, and this comes late. LOSS_DIVERGING fires within hundreds of steps.",
+        circulating=True,
+    ),
+    Rule(
+        id="VALIDATION_GAP",
+        title="Validation far over training loss (rule in circulation)",
+        severity="warning",
+        watches="validation loss over the smoothed training loss, relative excess",
+        message="The validation loss, {level:.4g} at step {step}, is {value:.0%} above the training loss: called "
+        "overfitting in circulation.",
+        remedy="The two are comparable only on the same mixture of data: compare domain by domain, and repeat no "
+        "data more often than needed.",
+        circulating=True,
     ),
 )
 _BY_ID = {rule.id: rule for rule in RULES}

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from moeviz.alerts.circulating import Circulating
 from moeviz.alerts.config import AlertConfig, RunPlan
 from moeviz.alerts.episodes import Episodes, Finding
 from moeviz.alerts.scalar_rules import Divergence, Explosion, Judgement, Spike
@@ -71,7 +72,11 @@ class ScalarDetector:
             "diverging": Hold(config.diverge_after, config.spike_clear_after),
             "history": Hold(config.explode_after, config.clear_after),
             "clip": Hold(config.explode_clip_after, config.clear_after),
+            "GRAD_NORM_LINE": Hold(config.raise_after, config.clear_after),
+            "LOSS_RISING": Hold(1, 1),
+            "VALIDATION_GAP": Hold(1, 1),
         }
+        self._circulating = Circulating(config) if config.circulating else None
         self._owner: dict[str, str] = {}
         self._due: list[tuple[str, int | None]] = []
 
@@ -90,6 +95,9 @@ class ScalarDetector:
             by_history, by_clip = self._explosion.judge(values[GRAD])
             changes += self._apply("GRAD_EXPLOSION", "history", by_history, step)
             changes += self._apply("GRAD_EXPLOSION", "clip", by_clip, step)
+        if self._circulating is not None:
+            for rule_id, judgement in self._circulating.judge(values, step):
+                changes += self._apply(rule_id, rule_id, judgement, step)
         return changes
 
     def restore(self, alerts: Iterable[AlertRecord]) -> None:
@@ -131,6 +139,7 @@ class ScalarDetector:
             "since": since,
             "lasting": step - hold.since + 1,
             "value": judgement.value,
+            "threshold": judgement.threshold,
             "level": judgement.level,
             "usual": "the norm it is clipped to" if clause == "clip" else "its usual level",
         }
