@@ -8,6 +8,7 @@ after the forward of the root has ended (the switch is off) or inside a graph ta
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,23 @@ def hook_root(
         root.register_forward_pre_hook(before, with_kwargs=True),
         root.register_forward_hook(after, with_kwargs=True),
     ]
+
+
+def forget_graphs(root: nn.Module) -> None:
+    """Drop the compiled graphs of the model's classes.
+
+    torch.compile reuses the graph of an equal model that was compiled earlier in this process, and does not look
+    whether hooks came since: without this, a watched run after an unwatched one would see nothing.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return
+    import torch._dynamo.eval_frame as eval_frame
+
+    reset_code = getattr(eval_frame, "reset_code", None)
+    forwards = {type(module).forward for module in root.modules()}
+    for code in {forward.__code__ for forward in forwards if hasattr(forward, "__code__")}:
+        if reset_code is not None:
+            reset_code(code)
 
 
 class CompiledCheckpointing:

@@ -21,6 +21,7 @@ from moeviz.capture.hooks import (
     CoreSlot,
     RouterSlot,
     Switch,
+    forget_graphs,
     hook_core,
     hook_root,
     hook_router,
@@ -68,6 +69,7 @@ class Tap:
         self._names = parameter_names(sites.root)
 
     def attach(self) -> None:
+        forget_graphs(self._root)
         self._handles += [CompiledCheckpointing(), *hook_root(self._root, self._begin, self._end)]
         for layer, site in enumerate(self._routers):
             guard = self._router_guard(layer, site.read)
