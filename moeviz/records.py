@@ -208,6 +208,38 @@ class EventRecord:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnalysisValue:
+    """One number that a job found out about a part of the model, with what chance alone would show."""
+
+    part: Literal["run", "layer", "expert", "head"]
+    layer: int
+    """MoE layer; for a head the block of its attention; -1 for the run."""
+    index: int
+    """Expert or head; -1 for a layer or the run."""
+    name: str
+    """Name of the quantity, as `moeviz metrics` lists them where it does."""
+    value: float
+    null_mean: float = float("nan")
+    """Its mean under chance; NaN where chance says nothing."""
+    null_sd: float = float("nan")
+    label: str = ""
+    """What it is about: a domain, a token, the other expert ... ; empty: the part as a whole."""
+
+    @property
+    def hidden(self) -> bool:
+        """Whether chance explains it: not three standard deviations away from the null. False without a null."""
+        return abs(self.value - self.null_mean) < 3 * self.null_sd
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnalysisRecord:
+    """What a job on a probe of fixed tokens found, made on request and not while training."""
+
+    step: int
+    values: tuple[AnalysisValue, ...]
+
+
 Record = (
     LoadRecord
     | TokenRoutingRecord
@@ -217,6 +249,7 @@ Record = (
     | MetricRecord
     | AlertRecord
     | EventRecord
+    | AnalysisRecord
 )
 
 

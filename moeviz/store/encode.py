@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from moeviz.records import (
     AlertRecord,
+    AnalysisRecord,
     AttentionRecord,
     EventRecord,
     LoadRecord,
@@ -193,6 +194,23 @@ def _(record: AlertRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
 def _(record: EventRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     columns = {name: [getattr(record, name)] for name in ("step", "rank", "ts", "kind")}
     yield _rows("events", {**columns, "detail": [_json(record.detail)]}, 1)
+
+
+@encode.register
+def _(record: AnalysisRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    values = record.values
+    if not values:
+        return
+    columns: dict[str, Any] = {
+        name: [getattr(each, name) for each in values] for name in ("part", "name", "label", "value")
+    }
+    columns["step"] = _constant(record.step, len(values), pa.int32())
+    columns["layer"] = [each.layer if each.layer >= 0 else None for each in values]
+    columns["unit"] = [each.index if each.index >= 0 else None for each in values]
+    for name in ("null_mean", "null_sd"):
+        numbers = [getattr(each, name) for each in values]
+        columns[name] = [None if number != number else number for number in numbers]
+    yield _rows("analysis", columns, len(values))
 
 
 def _rows(table: str, columns: Mapping[str, Any], size: int) -> Rows:

@@ -132,7 +132,7 @@ class Listing:
 
     def _find_faults(self, names: list[str]) -> list[str]:
         notes = [f"{self.table}/{name} is damaged and skipped" for name in sorted(self._damaged)]
-        if not names:
+        if not names and not TABLES[self.table].on_request:
             notes.append(f"{self.table} has no readable files")
         if len(self.files) > _MANY_FILES:
             notes.append(

@@ -26,7 +26,7 @@ from moeviz.store.cover import SegmentName
 from moeviz.store.detail import write_detail
 from moeviz.store.engine import connect
 from moeviz.store.queries_runs import DEAD_SECONDS, has_ended
-from moeviz.store.reader import Store
+from moeviz.store.reader import Store, packed_tables
 from moeviz.store.run import DATABASE_FILE, RunInfo, read_info, write_info
 from moeviz.store.schema import SCHEMA_VERSION, TABLES
 from moeviz.store.segments import segment_names, sync_folder
@@ -140,7 +140,10 @@ def _write_segments(path: Path, info: RunInfo) -> None:
     connection = connect()
     try:
         connection.execute(f"ATTACH '{quoted(path / DATABASE_FILE)}' AS packed (READ_ONLY)")
+        packed = packed_tables(connection)
         for table in TABLES:
+            if table not in packed:
+                continue
             (path / table).mkdir(exist_ok=True)
             for name in segment_names(path / table):
                 (path / table / name).unlink()

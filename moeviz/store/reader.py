@@ -20,7 +20,7 @@ import pyarrow as pa
 from moeviz.errors import MoevizError
 from moeviz.store.catalog import locate_run
 from moeviz.store.engine import connect
-from moeviz.store.listing import Listing
+from moeviz.store.listing import Listing, empty_sql
 from moeviz.store.run import DATABASE_FILE, RUN_FILE, VOCAB_FILE, RunInfo, read_info
 from moeviz.store.sandbox import check_select, explain_error
 from moeviz.store.schema import TABLES, VOCAB_SCHEMA
@@ -155,7 +155,7 @@ class Store:
         A file may hold other steps as well: the caller's WHERE decides.
         """
         if self.info.packed:
-            return f"packed.{table}"
+            return f"packed.{table}" if table in self._packed else f"({empty_sql(table)})"
         return self._listings[table].sql(first, last)
 
     def newest_step(self, table: str) -> int | None:
@@ -163,7 +163,7 @@ class Store:
         with self._lock:
             self._refresh()
             if self.info.packed:
-                return self._run(f"SELECT max(step) FROM packed.{table}", None).fetchone()[0]  # type: ignore[index]
+                return self._run(f"SELECT max(step) FROM {self.source(table)}", None).fetchone()[0]  # type: ignore[index]
             known = self._listings[table].step_range()
             return None if known is None else known[1]
 
@@ -236,6 +236,7 @@ class Store:
         self._listings = (
             {} if self.info.packed else {table: Listing(folder / table, table) for table in TABLES}
         )
+        self._packed = packed_tables(connection) if self.info.packed else frozenset()
         self._viewed: dict[str, int] = {}
         self._vocab_view = ""
         connection.execute("SET python_enable_replacements = false")
@@ -280,6 +281,12 @@ def _fetch(answer: duckdb.DuckDBPyConnection, max_rows: int | None) -> pd.DataFr
         chunks.append(answer.fetch_df_chunk())
         rows += len(chunks[-1])
     return pd.concat(chunks[:-1] if len(chunks) > 1 and not len(chunks[-1]) else chunks).head(max_rows)
+
+
+def packed_tables(connection: duckdb.DuckDBPyConnection) -> frozenset[str]:
+    """Tables in the attached file: one that was packed before a table existed lacks it."""
+    rows = connection.execute("SELECT table_name FROM duckdb_tables() WHERE database_name = 'packed'")
+    return frozenset(name for (name,) in rows.fetchall())
 
 
 def _attach(connection: duckdb.DuckDBPyConnection, path: Path) -> RunInfo:

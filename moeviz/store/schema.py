@@ -28,6 +28,9 @@ class Table(NamedTuple):
     """Sort order of merged and packed rows: what readers filter on, slowest first."""
     sampled: bool = False
     """Rows of a sample: a full queue or disk may drop them, and says how many."""
+    on_request: bool = False
+    """Rows of a job that nobody need run: a run without this table is whole. New tables of this kind need no new
+    SCHEMA_VERSION, because older readers never ask for them and this one takes their absence for no rows."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -215,6 +218,26 @@ EVENTS = Table(
     ("step", "ts"),
 )
 
+ANALYSIS = Table(
+    "analysis",
+    "What `moeviz analyze` found about experts, layers and heads, each value beside its null.",
+    (
+        _STEP,
+        Column("part", _TEXT, "run, layer, expert or head"),
+        Column("layer", _U16, "MoE layer; for a head the block of its attention; NULL for the run"),
+        Column("unit", _U16, "expert or head; NULL for a layer or the run"),
+        Column("name", _TEXT, "name of the quantity"),
+        Column(
+            "label", _TEXT, "what it is about: a domain, a token, the other expert; empty: the whole part"
+        ),
+        Column("value", _F64, "its value"),
+        Column("null_mean", _F64, "its mean under chance; NULL where chance says nothing"),
+        Column("null_sd", _F64, "standard deviation under chance"),
+    ),
+    ("name", "layer", "unit", "label"),
+    on_request=True,
+)
+
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
@@ -226,6 +249,7 @@ TABLES: dict[str, Table] = {
         SCALARS,
         ALERTS,
         EVENTS,
+        ANALYSIS,
         LOAD_LOD,
         EXPERT_LOAD,
     )

@@ -1,0 +1,161 @@
+"""The heavy look at a checkpoint: everything that needs a fixed probe, all experts or many forward passes.
+
+The probe is recorded as an ordinary run (loads, token-level routing, losses), and what is found out about it goes
+into the same run as the table `analysis`, each value beside what chance alone would show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from moeviz.capture.reading import RouterSite
+from moeviz.capture.sites import Sites, find_sites
+from moeviz.errors import MoevizError
+from moeviz.inspection import findings
+from moeviz.inspection.checkpoint import OpenedCheckpoint
+from moeviz.inspection.experts_apart import knockouts, outputs_apart
+from moeviz.inspection.heads import heads
+from moeviz.inspection.probe_batch import ProbeBatch
+from moeviz.inspection.readings import ModelReading, losses, read_model
+from moeviz.metrics.importance import Removal
+from moeviz.policy import SamplingPolicy
+from moeviz.records import AnalysisRecord, AnalysisValue
+from moeviz.session import watch
+from moeviz.store.run import finish_run
+from moeviz.store.writer import SegmentWriter
+
+Progress = Callable[[str], None]
+"""Told what was just done; called `num_ticks` times."""
+
+
+def num_ticks(model: nn.Module, modes: Sequence[Removal]) -> int:
+    """How often `analyze` reports progress."""
+    routers = find_sites(model).routers
+    return 2 + len(routers) + sum(site.num_experts for site in routers) * len(modes)
+
+
+def analyze(
+    checkpoint: OpenedCheckpoint,
+    probe: ProbeBatch,
+    run: Path,
+    *,
+    modes: Sequence[Removal] = (),
+    against: OpenedCheckpoint | None = None,
+    progress: Progress = lambda text: None,
+) -> tuple[AnalysisValue, ...]:
+    """Analyse a checkpoint on a probe and store probe and findings as a new run.
+
+    Args:
+        checkpoint: what to look into; evaluation mode.
+        probe: the tokens.
+        run: folder of the new run.
+        modes: ways to remove each expert in turn, one forward pass of the probe each; empty: none.
+        against: an earlier checkpoint of the same model, for saturation, churn and drift.
+        progress: told after every part.
+
+    Raises:
+        MoevizError: a dense model, a folder that holds a run, or a second checkpoint of another shape.
+    """
+    model = checkpoint.model.eval()
+    sites = find_sites(model)
+    reading = read_model(model, sites.routers, probe.token_ids_NS, lambda: None)
+    found = _of_layers(reading, sites, probe, checkpoint.token_texts, progress)
+    found += findings.journeys(reading.layers)
+    if against is not None:
+        found += _against(reading, sites, probe, against)
+    blocks = tuple(core.layer for core in sites.info.attentions)
+    vocab_size = len(checkpoint.token_texts) or int(probe.token_ids_NS.max()) + 1
+    found += heads(
+        model, sites.cores, blocks, probe.token_ids_NS, vocab_size, lambda: progress("attention heads")
+    )
+    for layer, site in enumerate(sites.routers):
+        tick = _naming(progress, f"knock-out, layer {layer}")
+        found += knockouts(model, site, layer, probe, reading.loss_NS, modes, tick)
+    _record(checkpoint, probe, run, tuple(found))
+    progress("stored")
+    return tuple(found)
+
+
+def _of_layers(
+    reading: ModelReading, sites: Sites, probe: ProbeBatch, texts: Sequence[str], progress: Progress
+) -> list[AnalysisValue]:
+    found: list[AnalysisValue] = []
+    for layer, (one, site) in enumerate(zip(reading.layers, sites.routers, strict=True)):
+        found += findings.loads(layer, one)
+        found += findings.dependence(layer, one, probe)
+        found += findings.domains(layer, one, probe)
+        found += findings.vocabulary(layer, one, probe, texts)
+        found += findings.repeats(layer, one, probe)
+        found += findings.partners(layer, one)
+        found += findings.alike(layer, one, _router_rows(site))
+        found += outputs_apart(layer, one)
+        progress(f"layer {layer}")
+    return found
+
+
+def _naming(progress: Progress, text: str) -> Callable[[], None]:
+    return lambda: progress(text)
+
+
+def _router_rows(site: RouterSite) -> np.ndarray | None:
+    """The router's weight, one row per expert; None where it has no such matrix."""
+    weight = getattr(site.module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or len(weight) != site.num_experts:
+        return None
+    return weight.detach().double().cpu().numpy()
+
+
+def _against(
+    reading: ModelReading, sites: Sites, probe: ProbeBatch, against: OpenedCheckpoint
+) -> list[AnalysisValue]:
+    other = find_sites(against.model)
+    shape = [[(each.num_experts, each.top_k) for each in found.routers] for found in (sites, other)]
+    if shape[0] != shape[1]:
+        raise MoevizError(
+            f"{against.path} has layers of (experts, top-k) {shape[1]}, the checkpoint {shape[0]}; "
+            "compare checkpoints of one run"
+        )
+    if int(probe.token_ids_NS.max()) >= len(against.token_texts):
+        raise MoevizError(f"{against.path} has another vocabulary; compare checkpoints of one run")
+    earlier = read_model(against.model.eval(), other.routers, probe.token_ids_NS, lambda: None)
+    return [
+        value
+        for layer, (one, before) in enumerate(zip(reading.layers, earlier.layers, strict=True))
+        for value in findings.changed(layer, one, before)
+    ]
+
+
+def _record(
+    checkpoint: OpenedCheckpoint, probe: ProbeBatch, run: Path, values: tuple[AnalysisValue, ...]
+) -> None:
+    """Watch the probe once more, as a run of one step, and add the findings to it."""
+    watched = watch(
+        checkpoint.model,
+        run,
+        policy=SamplingPolicy(route_every=1, route_sequences="all", attention_every=0),
+        when="always",
+        name=f"analyze {checkpoint.name}",
+        config={"inspected": str(checkpoint.path), "trained_steps": checkpoint.step, **checkpoint.config},
+        vocab=list(checkpoint.token_texts),
+        planned_steps=1,
+        alerts=False,
+        pack=False,
+    )
+    labels = iter(probe.domains)
+    with watched as recording, torch.no_grad():
+        loss_NS = losses(
+            checkpoint.model,
+            probe.token_ids_NS,
+            before=lambda ids_BS: recording.label([next(labels) for _ in range(len(ids_BS))]),
+            after=recording.token_loss,
+        )
+        recording.step(0, loss=float(loss_NS.mean()))
+    writer = SegmentWriter(run)
+    writer.write(AnalysisRecord(step=0, values=values))
+    writer.close()
+    finish_run(run)
