@@ -44,7 +44,7 @@ COMMANDS = (
         "inspect", "Trace a text through a checkpoint: experts of every token, layer by layer.", "inspect"
     ),
     Command("analyze", "What experts are for, with nulls: domains, tokens, partners, knock-out.", "inspect"),
-    Command("export", "Save a checkpoint as a folder that transformers opens.", "inspect"),
+    Command("export", "Save a checkpoint for transformers, or a run as Parquet, CSV or DuckDB.", "inspect"),
 )
 _GROUPS = (("train", "Train"), ("watch", "Watch"), ("read", "Read a run"), ("inspect", "Open a checkpoint"))
 
