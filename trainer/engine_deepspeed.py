@@ -13,7 +13,9 @@ import os
 import socket
 import warnings
 from contextlib import nullcontext
+from enum import Enum
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -153,8 +155,17 @@ def _load_without_code(path: str, map_location: Any = None) -> Any:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+    # Python 3.11.0 to 3.11.3 pickle a member of an enumeration as a call of getattr.
+    member = [(_enum_member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address, *member]):
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """What stands in for getattr while reading: it finds members of enumerations and nothing else."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise UnpicklingError(f"{name} of {kind!r} is asked for, which is no member of an enumeration")
+    return kind[name]
 
 
 def _gathered(parameters: list[torch.nn.Parameter]) -> Any:
