@@ -34,6 +34,12 @@ PAGES = (
         "One layer over time: who takes over, when, and is it more than noise.",
     ),
     (
+        "experts",
+        "Experts",
+        "person_search",
+        "One expert: its tokens and domains, its life, and whom it works with.",
+    ),
+    (
         "tokens",
         "Tokens",
         "format_color_text",

@@ -146,6 +146,22 @@ def attention_answer(weights_QC: np.ndarray, step: int, layer: int, head: int, s
     return Answer(frame, f"queries.attention_map(run, {step=}, {layer=}, {head=}, {seq=})")
 
 
+def coactivation(picked: View, first: int, last: int) -> Answer:
+    """Pairs of experts of the view's layer that share tokens: expert, other, count, share, lift; none for top-1."""
+    if picked.top_k < 2:
+        return Answer(pd.DataFrame(), "")
+    asked = f"queries.coactivation(run, layer={picked.layer}, {first=}, {last=})  # tokens of each pair"
+    return Answer(_coactivation(picked.path, picked.step, picked.layer, picked.top_k, first, last), asked)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _coactivation(path: str, upto: int, layer: int, top_k: int, first: int, last: int) -> pd.DataFrame:
+    from moeviz.plots.experts import coactivation_rows  # the live page must not load plotly
+
+    counts_EE = queries.coactivation(run_store(path), layer, first, last)
+    return coactivation_rows(counts_EE, top_k)
+
+
 def until(answer: Answer, picked: View) -> Answer:
     """Only rows up to the view's step."""
     return answer._replace(frame=answer.frame[answer.frame["step"] <= picked.step])

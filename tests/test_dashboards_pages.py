@@ -19,7 +19,7 @@ from moeviz.records import ModelInfo
 from moeviz.store.run import RunInfo, create_run
 
 STEPS, PLANNED = 56, 60
-PAGES = ("overview", "loads", "tokens", "flow", "attention")
+PAGES = ("overview", "loads", "experts", "tokens", "flow", "attention")
 
 
 def app_file() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from moeviz.plots.attention import attention_map
 from moeviz.plots.curves import alert_spans, metric_curves
+from moeviz.plots.experts import coactivation_map, coactivation_rows, domain_bars, life_line, token_lifts
 from moeviz.plots.loads import load_bars, load_river, load_time_map, river_groups
 from moeviz.plots.paths import PathLinks, lift_matrix, path_links, path_sankey, strongest_routes
 
@@ -15,6 +16,10 @@ __all__ = [
     "PathLinks",
     "alert_spans",
     "attention_map",
+    "coactivation_map",
+    "coactivation_rows",
+    "domain_bars",
+    "life_line",
     "lift_matrix",
     "load_bars",
     "load_river",
@@ -24,4 +29,5 @@ __all__ = [
     "path_sankey",
     "river_groups",
     "strongest_routes",
+    "token_lifts",
 ]
