@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from moeviz.alerts import AlertConfig, RunPlan
+from moeviz.alerts import RULES, AlertConfig, RunPlan
 from moeviz.capture.probe import Probe, attach
 from moeviz.capture.reading import Adapter
 from moeviz.capture.sites import find_sites
@@ -28,6 +28,7 @@ from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from moeviz.ranks import Ranks
 from moeviz.records import AlertRecord, EventRecord, ModelInfo, Record, Sink
+from moeviz.store.past import read_past
 from moeviz.store.run import RunInfo, create_run, finish_run, read_info, resume_run, write_vocab
 from moeviz.store.writer import BackgroundSink, SegmentWriter
 from moeviz.vocabulary import describe_tokenizer, token_texts
@@ -122,7 +123,16 @@ def watch(
     ranks.first_then_all(lambda: _open(path, description, resume_from, token_texts(tokenizer, vocab)))
     inner: Sink = SegmentWriter(path, ranks.rank)
     if ranks.rank == 0 or ranks.group is None:
-        inner = _deriving(inner, description, alerts, plan or RunPlan(planned_steps=planned_steps), on_alert)
+        inner = deriving(
+            inner,
+            path,
+            description.model,
+            resume_from=resume_from,
+            rank=ranks.rank,
+            alerts=alerts,
+            plan=plan or RunPlan(planned_steps=planned_steps),
+            on_alert=on_alert,
+        )
     closing = _RunSink(BackgroundSink(inner), path, ranks, pack)
     try:
         probe = attach(model, closing, defer=True, **options)
@@ -155,17 +165,33 @@ def _same_model(before: ModelInfo, now: ModelInfo, path: Path) -> None:
         )
 
 
-def _deriving(
+def deriving(
     inner: Sink,
-    description: RunInfo,
-    alerts: bool | AlertConfig,
-    plan: RunPlan,
-    on_alert: Callable[[AlertRecord], None] | None,
-) -> Sink:
+    path: Path,
+    model: ModelInfo,
+    *,
+    resume_from: int | None = None,
+    rank: int = 0,
+    alerts: bool | AlertConfig = True,
+    plan: RunPlan | None = None,
+    on_alert: Callable[[AlertRecord], None] | None = None,
+) -> DeriveSink:
+    """A sink that adds metrics and alerts to what `inner` writes into the run folder `path`.
+
+    After a resume it goes on with the statistics and the open alerts of the steps before. Parameters as of `watch`.
+    """
     config = alerts if isinstance(alerts, AlertConfig) else None
     if alerts is False:
         inner, on_alert = _WithoutAlerts(inner), None
-    return DeriveSink(inner, description.model, plan=plan, config=config, on_alert=on_alert)
+    sink = DeriveSink(inner, model, plan=plan, config=config, on_alert=on_alert)
+    if resume_from is not None:
+        try:
+            past = read_past(path, resume_from, rank)
+            known = {row.id for row in RULES}
+            sink.replay(past.records, [alert for alert in past.open_alerts if alert.rule in known])
+        except Exception:
+            _log.exception("the alerts of %s start anew: what was recorded before could not be read", path)
+    return sink
 
 
 class _WithoutAlerts:

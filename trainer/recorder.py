@@ -18,9 +18,8 @@ from torch import Tensor
 
 from moeviz.alerts import RunPlan
 from moeviz.capture.sites import find_sites
-from moeviz.derive import DeriveSink
-from moeviz.records import AlertRecord, EventRecord, ModelInfo, ScalarRecord, Sink
-from moeviz.session import watch
+from moeviz.records import AlertRecord, EventRecord, ModelInfo, ScalarRecord
+from moeviz.session import deriving, watch
 from moeviz.store.run import RunInfo, create_run, finish_run, resume_run
 from moeviz.store.writer import BackgroundSink, SegmentWriter
 from trainer.config import TrainConfig
@@ -137,7 +136,14 @@ class ScalarRecorder(Nowhere):
             create_run(run, description)
         else:
             resume_run(run, resume_from)
-        sink: Sink = DeriveSink(SegmentWriter(run), description.model, plan=plan, on_alert=on_alert)
+        sink = deriving(
+            SegmentWriter(run),
+            run,
+            description.model,
+            resume_from=resume_from,
+            plan=plan,
+            on_alert=on_alert,
+        )
         recorder = cls(BackgroundSink(sink), run, resume_from or 0)
         recorder.event("started" if resume_from is None else "resumed", host=platform.node(), pid=os.getpid())
         return recorder

@@ -78,6 +78,9 @@ class RouterDetector:
     def restore(self, alerts: Iterable[AlertRecord]) -> None:
         """Adopt the open router episodes of an earlier attempt, so that they can be updated and cleared."""
         self.episodes.restore(alert for alert in alerts if alert.layer is not None)
+        if self._latch is not None:
+            # What holds now and was not open then is raised by the next record in which it holds.
+            self._latch.active_RL[:] = False
         self._adopt()
 
     def rewind(self, step: int, last_step: int) -> list[AlertRecord]:

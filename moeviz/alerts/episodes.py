@@ -138,7 +138,8 @@ class Episodes:
         return [replace(record, updated_step=step, cleared_step=step, value=value)]
 
     def restore(self, alerts: Iterable[AlertRecord]) -> None:
-        """Adopt episodes that an earlier attempt of the run left open."""
+        """Adopt episodes that an earlier attempt of the run left open, instead of those that are open here."""
+        self._open, self._full, self._looked = {}, {}, {}
         for record in alerts:
             if record.cleared_step is None:
                 key = (record.rule, record.layer)
