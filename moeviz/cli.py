@@ -1,13 +1,15 @@
 """The command line: a table of commands, one place that turns errors into one line and an exit status.
 
 A command is a module of `moeviz.commands` with `main(argv) -> int`, imported only when it is called: `moeviz --help`
-loads nothing. Handlers are the only part of moeviz that may import trainer, dashboards or tui, and they do it late.
+loads nothing. (`import` is a word of Python, so its module is `import_`.) Handlers are the only part of moeviz that
+may import trainer, dashboards or tui, and they do it late.
 """
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from keyword import iskeyword
 from typing import NamedTuple
 
 from moeviz import __version__
@@ -40,6 +42,7 @@ COMMANDS = (
     Command("query", "Ask a run anything in SQL (read-only).", "read"),
     Command("metrics", "Explain every metric: formula, range, value at balance, source.", "read"),
     Command("pack", "Pack a finished run into one ordinary DuckDB file.", "read"),
+    Command("import", "Make a run of routing recorded elsewhere: vLLM, Megatron, counts.", "read"),
     Command(
         "inspect", "Trace a text through a checkpoint: experts of every token, layer by layer.", "inspect"
     ),
@@ -77,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in {command.name for command in COMMANDS}:
         return _unknown(argv[0])
     try:
-        return import_module(f"moeviz.commands.{argv[0]}").main(argv[1:])
+        module = argv[0] + "_" if iskeyword(argv[0]) else argv[0]
+        return import_module(f"moeviz.commands.{module}").main(argv[1:])
     except MoevizError as error:
         print(f"moeviz {argv[0]}: {error}", file=sys.stderr)
         return 1

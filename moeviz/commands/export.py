@@ -91,10 +91,11 @@ def _export_tables(arguments: ExportArguments) -> int:
     from moeviz.store.reader import open_run
 
     assert arguments.format != "hf"
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with open_run(resolve_run(str(arguments.run))) as store:
         folder = _folder(arguments, store.info.name)
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("export")
 
             def advance(table: str, done: int, total: int) -> None:
