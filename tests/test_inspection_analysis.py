@@ -15,6 +15,7 @@ from moeviz.capture.sites import find_sites
 from moeviz.cli import main
 from moeviz.errors import MoevizError
 from moeviz.inspection.analysis import analyze, num_ticks
+from moeviz.inspection.heads import heads
 from moeviz.inspection.probe_batch import (
     ProbeBatch,
     probe_of_windows,
@@ -285,3 +286,30 @@ def test_unknown_domain_is_refused(
     argv = ["analyze", str(mixtral_folder), "--data", str(tmp_path / "a.txt"), "--domains", "law"]
     assert main(argv) == 1
     assert "no such domain" in capsys.readouterr().err
+
+
+def test_heads_are_those_of_eager_attention(mixtral_folder: Path) -> None:
+    from transformers import MixtralForCausalLM
+
+    from moeviz.commands.inspect import open_checkpoint
+
+    model = open_checkpoint(mixtral_folder).model
+    ids_NS = np.random.default_rng(1).integers(0, 256, (3, 12))
+    sites = find_sites(model)
+    blocks = tuple(core.layer for core in sites.info.attentions)
+    values = tuple(heads(model, sites.cores, blocks, ids_NS, 256, lambda: None))
+    eager = MixtralForCausalLM.from_pretrained(mixtral_folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        attentions = eager(torch.from_numpy(ids_NS), output_attentions=True).attentions
+    sinks = []
+    for block, maps_NHSS in enumerate(attentions):
+        back_SS = torch.arange(12)[:, None] - torch.arange(12)
+        for head in range(2):
+            maps_NSS = maps_NHSS[:, head].double()
+            sinks.append(float(maps_NSS[:, :, 0].mean()))
+            distance = float((maps_NSS * back_SS).sum(-1).mean())
+            previous = float(maps_NSS.diagonal(-1, 1, 2).sum(-1).mean() / 12)
+            assert value_of(values, "sink_mass", block, head) == pytest.approx(sinks[-1], abs=1e-5)
+            assert value_of(values, "attn_distance", block, head) == pytest.approx(distance, abs=1e-4)
+            assert value_of(values, "prev_token", block, head) == pytest.approx(previous, abs=1e-5)
+    assert value_of(values, "sink_rate", -1) == pytest.approx(np.mean(np.array(sinks) > 0.3))

@@ -22,6 +22,8 @@ from moeviz.records import AnalysisValue
 
 SEQUENCES, LENGTH = 4, 64
 """Sequences and positions at most that heads are measured on."""
+SINK = 0.3
+"""`sink_mass` that makes a head a sink; Gu et al. 2025."""
 
 
 def heads(
@@ -32,7 +34,7 @@ def heads(
     vocab_size: int,
     tick: Callable[[], None],
 ) -> list[AnalysisValue]:
-    """Metrics of every head, and `head_redundancy` of every block.
+    """Metrics of every head, `head_redundancy` of every block and the model's `sink_rate`.
 
     Args:
         blocks: transformer block of each core.
@@ -54,6 +56,10 @@ def heads(
             found.append(
                 AnalysisValue(part="head", layer=block, index=-1, name="head_redundancy", value=alike)
             )
+    sinks = [each.value > SINK for each in found if each.name == "sink_mass"]
+    if sinks:
+        rate = float(np.mean(sinks))
+        found.append(AnalysisValue(part="run", layer=-1, index=-1, name="sink_rate", value=rate))
     return found
 
 

@@ -25,6 +25,7 @@ from moeviz.store.compact import run_lock
 from moeviz.store.cover import SegmentName
 from moeviz.store.detail import write_detail
 from moeviz.store.engine import connect
+from moeviz.store.listing import empty_sql
 from moeviz.store.queries_runs import DEAD_SECONDS, has_ended
 from moeviz.store.reader import Store, packed_tables
 from moeviz.store.run import DATABASE_FILE, RunInfo, read_info, write_info
@@ -142,19 +143,20 @@ def _write_segments(path: Path, info: RunInfo) -> None:
         connection.execute(f"ATTACH '{quoted(path / DATABASE_FILE)}' AS packed (READ_ONLY)")
         packed = packed_tables(connection)
         for table in TABLES:
-            if table not in packed:
-                continue
             (path / table).mkdir(exist_ok=True)
             for name in segment_names(path / table):
                 (path / table / name).unlink()
-            _write_segment(connection, path, table, info)
+            source = f"packed.{table}" if table in packed else f"({empty_sql(table)})"
+            _write_segment(connection, path, table, source, info)
     finally:
         connection.close()
 
 
-def _write_segment(connection: duckdb.DuckDBPyConnection, path: Path, table: str, info: RunInfo) -> None:
+def _write_segment(
+    connection: duckdb.DuckDBPyConnection, path: Path, table: str, source: str, info: RunInfo
+) -> None:
     attempt = info.attempts[-1]
-    extent = connection.execute(f"SELECT min(step), max(step) FROM packed.{table}").fetchone()
+    extent = connection.execute(f"SELECT min(step), max(step) FROM {source}").fetchone()
     first, last = extent if extent and extent[0] is not None else (attempt.from_step, attempt.from_step)
     if table == "load_lod":
         last = connection.execute("SELECT max(step + span - 1) FROM packed.load_lod").fetchone()[0] or last  # type: ignore[index]
@@ -163,7 +165,7 @@ def _write_segment(connection: duckdb.DuckDBPyConnection, path: Path, table: str
     temporary = path / table / f".{name}.tmp"
     metadata = f"{{moeviz_schema: '{SCHEMA_VERSION}', moeviz_run: '{info.run_id}', moeviz_table: '{table}'}}"
     connection.execute(
-        f"COPY (SELECT * FROM packed.{table}) TO '{quoted(temporary)}' "
+        f"COPY (SELECT * FROM {source}) TO '{quoted(temporary)}' "
         f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 8192, KV_METADATA {metadata})"
     )
     _sync_file(temporary)
