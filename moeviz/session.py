@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,14 @@ from moeviz.policy import SamplingPolicy
 from moeviz.ranks import Ranks
 from moeviz.records import AlertRecord, EventRecord, ModelInfo, Record, Sink
 from moeviz.store.past import read_past
-from moeviz.store.run import RunInfo, create_run, finish_run, read_info, resume_run, write_vocab
+from moeviz.store.run import RunInfo, create_run, finish_run, read_info, resume_run, write_info, write_vocab
 from moeviz.store.writer import BackgroundSink, SegmentWriter
 from moeviz.vocabulary import describe_tokenizer, token_texts
 
 _log = logging.getLogger("moeviz")
+
+_RULES = "alert_rules"
+"""Where run.json's config keeps the thresholds of the alerts."""
 
 
 def watch(
@@ -72,14 +75,16 @@ def watch(
         sink: write records to this instead of a run folder; called from the training thread.
         policy: how much token-level routing and attention is sampled.
         name: of the run; by default that of its folder.
-        config: the run's own configuration, kept as it is.
+        config: the run's own configuration, kept as it is; the thresholds of the alerts are added as `alert_rules`.
         tokenizer: a tiktoken or transformers tokenizer, or a note which one it was.
         vocab: the text of each token id, where `tokenizer` cannot tell.
         planned_steps: for progress displays and alert rules.
         plan: more of what alert rules should know (warm-up, clipping); by default the planned steps.
         resume_from: go on in an existing run folder, with this step as the first one.
-        alerts: thresholds; False raises none. Metrics are derived either way.
-        on_alert: called in the writer thread with every transition of an alert.
+        alerts: thresholds; False raises none. Metrics are derived either way. True means the defaults, or in a
+            resumed run those that it had.
+        on_alert: called in the writer thread with every transition of an alert; a `moeviz.alerts.Notifier` hands
+            it on to a command or a web hook in a thread of its own.
         info: replaces the description of the model found by moeviz.
         rank: of this process; by default that of torch.distributed, or 0.
         across_ranks: sum loads over all ranks of torch.distributed. Every rank must call `watch` then.
@@ -111,11 +116,13 @@ def watch(
         return attach(model, sink, **options)
     assert run is not None
     path = Path(run)
+    if alerts is True:
+        alerts = AlertConfig() if resume_from is None else stored_rules(path)
     description = RunInfo(
         name=name or path.resolve().name,
         model=info or found,
         policy=asdict(policy),
-        config=dict(config or {}),
+        config=with_rules(config or {}, alerts),
         planned_steps=planned_steps,
         ranks=ranks.size,
         tokenizer=describe_tokenizer(tokenizer),
@@ -152,6 +159,7 @@ def _open(path: Path, description: RunInfo, resume_from: int | None, texts: Sequ
     else:
         _same_model(read_info(path).model, description.model, path)
         resume_run(path, resume_from)
+        keep_rules(path, description.config)
     if texts:
         write_vocab(path, texts)
 
@@ -163,6 +171,23 @@ def _same_model(before: ModelInfo, now: ModelInfo, path: Path) -> None:
             f"{path} holds a run with layers of (experts, top-k) {shape[0]}, this model has {shape[1]}; "
             "give the run another name, or resume with the same model"
         )
+
+
+def with_rules(config: Mapping[str, Any], alerts: bool | AlertConfig) -> dict[str, Any]:
+    """The configuration of a run with the thresholds of its alerts, for run.json."""
+    return {**config, _RULES: asdict(alerts)} if isinstance(alerts, AlertConfig) else dict(config)
+
+
+def stored_rules(path: Path) -> AlertConfig:
+    """The thresholds that a run was judged by so far; the defaults where it does not say."""
+    return AlertConfig.from_dict(read_info(path).config.get(_RULES) or {})
+
+
+def keep_rules(path: Path, config: Mapping[str, Any]) -> None:
+    """Note the thresholds of a resumed run, where they changed."""
+    info = read_info(path)
+    if _RULES in config and info.config.get(_RULES) != config[_RULES]:
+        write_info(path, replace(info, config={**info.config, _RULES: config[_RULES]}))
 
 
 def deriving(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_readers_find_what_the_probe_saw(tmp_path: Path) -> None:
     assert (run / "run.duckdb").exists()
     assert not (run / "routing").exists(), "a clean end packs the run"
     info = store.info
-    assert (info.name, info.planned_steps, info.config) == ("mine", STEPS, {"lr": 3e-3})
+    assert (info.name, info.planned_steps, info.config["lr"]) == ("mine", STEPS, 3e-3)
+    assert info.config["alert_rules"] == asdict(AlertConfig()), "what the run was judged by"
     assert store.sql("SELECT text FROM vocab WHERE token_id = 7").text[0] == "<7>"
 
 

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from trainer.config import (
+    AlertingConfig,
     BalanceConfig,
     CheckpointConfig,
     EngineConfig,
@@ -33,6 +34,7 @@ TRAINER_FLAGS = """
 --schedule --warmup-steps --min-lr-ratio --decay-share --lr-steps
 --balance --aux-coef --z-coef --bias-step
 --route-every --route-sequences --attention-every --attention-heads --attention-size
+--alert-thresholds --circulating-rules --on-alert-command --on-alert-url --alert-min-severity
 --eval-every --eval-sequences --save-every --keep-checkpoints
 --engine --zero-stage --dtype --device --threads
 """
@@ -65,9 +67,17 @@ def test_a_config_survives_json() -> None:
         model=ModelConfig(num_experts=5, num_kv_heads=2, head_dim=6),
         data=InputConfig(train_data="texts"),
         sampling=SamplingPolicy(route_sequences="all"),
+        alerting=AlertingConfig(alert_thresholds=("dead_line=0.01",), circulating_rules=True),
         engine=EngineConfig(engine="deepspeed", zero_stage=2),
     )
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_where_alerts_are_told_is_not_kept_with_the_run() -> None:
+    told = AlertingConfig(on_alert_command="page --token secret", on_alert_url="https://hooks.test/secret")
+    config = TrainConfig(alerting=told)
+    assert "secret" not in json.dumps(config.to_dict())
+    assert TrainConfig.from_dict(config.to_dict()) == replace(config, alerting=AlertingConfig())
 
 
 def test_a_field_of_another_version_is_refused() -> None:
@@ -89,6 +99,9 @@ def test_a_field_of_another_version_is_refused() -> None:
         (lambda: BalanceConfig(z_coef=-0.1), "z_coef=-0.1 is negative"),
         (lambda: EvaluationConfig(eval_sequences=0), "eval_sequences=0 is below 1"),
         (lambda: CheckpointConfig(keep_checkpoints=0), "keep_checkpoints=0 is below 1"),
+        (lambda: AlertingConfig(alert_thresholds=("dead_lime=1",)), "'dead_lime' is no threshold"),
+        (lambda: AlertingConfig(on_alert_url="localhost"), "no address"),
+        (lambda: AlertingConfig(on_alert_command=""), "is empty"),
         (lambda: EngineConfig(threads=0), "threads=0 is below 1"),
         (lambda: EngineConfig(engine="deepspeed", dtype="bf16", zero_stage=0), "use zero_stage=1"),
         (lambda: TrainConfig(max_steps=0), "max_steps=0 is below 1"),

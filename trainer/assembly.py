@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from model.lm import MoELanguageModel
-from moeviz.alerts import alert_line
+from moeviz.alerts import Command, Notifier, Webhook, alert_line
 from moeviz.errors import MoevizError
+from moeviz.records import AlertRecord
 from trainer.checkpoint import Checkpoint, restore
 from trainer.checkpoint_folder import list_checkpoints, set_aside_after
 from trainer.config import TrainConfig
@@ -37,6 +38,8 @@ class Assembly:
     text: Text
     learning_rate: LearningRate
     recorder: Recorder
+    notifiers: tuple[Notifier, ...]
+    """Who is told about alerts besides the terminal."""
     first_step: int
     """Steps that a resumed run has behind it."""
 
@@ -53,6 +56,8 @@ class Assembly:
     def close(self, error: BaseException | None) -> None:
         """Finish the recording and release the engine; `error` is what ended training, if something did."""
         self.recorder.close(error)
+        for notifier in self.notifiers:
+            notifier.close()
         self.engine.destroy()
 
 
@@ -77,6 +82,13 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
     if found and engine.rank == 0:
         for path in set_aside_after(run / CHECKPOINTS, found.step):
             progress.note(f"{path} holds later steps, which are trained again now; it is kept, renamed")
+    notifiers = _notifiers(config, run) if engine.rank == 0 else ()
+
+    def on_alert(alert: AlertRecord) -> None:
+        progress.note(alert_line(alert))
+        for notifier in notifiers:
+            notifier(alert)
+
     return Assembly(
         config=config,
         run=run,
@@ -89,10 +101,22 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
             engine,
             text,
             first_step if found else None,
-            lambda alert: progress.note(alert_line(alert)),
+            on_alert,
         ),
+        notifiers=notifiers,
         first_step=first_step,
     )
+
+
+def _notifiers(config: TrainConfig, run: Path) -> tuple[Notifier, ...]:
+    options = config.alerting
+    channels: list[Command | Webhook] = []
+    if options.on_alert_command is not None:
+        channels.append(Command(options.on_alert_command))
+    if options.on_alert_url is not None:
+        channels.append(Webhook(options.on_alert_url))
+    severity = options.alert_min_severity
+    return tuple(Notifier(channel, run=str(run), min_severity=severity) for channel in channels)
 
 
 def _new_folder(config: TrainConfig) -> Path:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from model.config import ModelConfig
+from moeviz.alerts import AlertConfig, Command, Webhook
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
+from moeviz.records import Severity
 
 
 def _require(holds: bool, value: str, rule: str) -> None:
@@ -137,6 +139,35 @@ class BalanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlertingConfig:
+    """What is judged a problem, and who else is told; alerts are always kept in the run and printed."""
+
+    alert_thresholds: tuple[str, ...] = ()
+    """NAME=VALUE ...: thresholds of `moeviz.alerts.AlertConfig` that differ, for example starved_cap=0.3."""
+    circulating_rules: bool = False
+    """Also judge by rules that many repeat without a source (an expert under 5 %, gradient norm over 10 ...)."""
+    on_alert_command: str | None = None
+    """Run this for each alert, with it as JSON on standard input; {rule}, {severity}, {layer}, {step} are filled in.
+    Not kept with the run: give it again to resume."""
+    on_alert_url: str | None = None
+    """Post each alert as JSON to this address, tried again when that fails. Not kept with the run."""
+    alert_min_severity: Severity = "warning"
+    """Mildest severity that the command and the address are told about."""
+
+    def __post_init__(self) -> None:
+        self.rules  # noqa: B018  # refuses unknown thresholds here, before anything is built
+        if self.on_alert_command is not None:
+            Command(self.on_alert_command)
+        if self.on_alert_url is not None:
+            Webhook(self.on_alert_url)
+
+    @property
+    def rules(self) -> AlertConfig:
+        """Every threshold."""
+        return AlertConfig(circulating=self.circulating_rules).with_thresholds(self.alert_thresholds)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Loss on fixed held-out sequences, for each domain."""
 
@@ -225,6 +256,8 @@ class TrainConfig:
     """Load balancing."""
     sampling: SamplingPolicy = field(default_factory=SamplingPolicy)
     """How much routing --log-routing records."""
+    alerting: AlertingConfig = field(default_factory=AlertingConfig)
+    """Alerts."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Validation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -255,8 +288,12 @@ class TrainConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested data for JSON, the inverse of `from_dict`."""
-        return _plain(asdict(self))
+        """Plain nested data for JSON, the inverse of `from_dict`.
+
+        Without the command and the address for alerts: they often hold secrets, and this goes into run folders.
+        """
+        told_nobody = replace(self.alerting, on_alert_command=None, on_alert_url=None)
+        return _plain(asdict(replace(self, alerting=told_nobody)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:
@@ -286,6 +323,8 @@ def _build(kind: type, data: Mapping[str, Any]) -> Any:
             value = _build(hint, value)
         elif hint == (Path | None) and value is not None:
             value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
         values[name] = value
     return kind(**values)
 

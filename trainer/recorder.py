@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from moeviz.alerts import RunPlan
+from moeviz.alerts import AlertConfig, RunPlan
 from moeviz.capture.sites import find_sites
 from moeviz.records import AlertRecord, EventRecord, ModelInfo, ScalarRecord
-from moeviz.session import deriving, watch
+from moeviz.session import deriving, keep_rules, watch, with_rules
 from moeviz.store.run import RunInfo, create_run, finish_run, resume_run
 from moeviz.store.writer import BackgroundSink, SegmentWriter
 from trainer.config import TrainConfig
@@ -73,7 +73,9 @@ def open_recorder(
         warmup_steps=config.schedule.warmup_steps,
         grad_clip=config.optim.grad_clip or None,
         bias_step=config.balance.bias_step if config.balance.balance == "bias" else None,
+        z_coef=config.balance.z_coef or None,
     )
+    rules = config.alerting.rules
     if config.log_routing:
         return watch(
             engine.module,
@@ -85,6 +87,7 @@ def open_recorder(
             planned_steps=config.max_steps,
             plan=plan,
             resume_from=resume_from,
+            alerts=rules,
             on_alert=on_alert,
         )
     if engine.rank > 0:
@@ -93,11 +96,11 @@ def open_recorder(
         name=run.resolve().name,
         model=find_sites(engine.module).info if engine.module.config.num_moe_layers else _DENSE,
         policy=asdict(config.sampling),
-        config=config.to_dict(),
+        config=with_rules(config.to_dict(), rules),
         planned_steps=config.max_steps,
         ranks=engine.world_size,
     )
-    return ScalarRecorder.open(run, description, resume_from, plan, on_alert)
+    return ScalarRecorder.open(run, description, resume_from, plan, rules, on_alert)
 
 
 class Nowhere:
@@ -129,6 +132,7 @@ class ScalarRecorder(Nowhere):
         description: RunInfo,
         resume_from: int | None,
         plan: RunPlan,
+        rules: AlertConfig,
         on_alert: Callable[[AlertRecord], None],
     ) -> ScalarRecorder:
         """Make or resume a run folder."""
@@ -136,11 +140,13 @@ class ScalarRecorder(Nowhere):
             create_run(run, description)
         else:
             resume_run(run, resume_from)
+            keep_rules(run, description.config)
         sink = deriving(
             SegmentWriter(run),
             run,
             description.model,
             resume_from=resume_from,
+            alerts=rules,
             plan=plan,
             on_alert=on_alert,
         )
