@@ -13,13 +13,17 @@ from moeviz.records import AlertRecord
 
 L, E, K, N = 2, 8, 2, 1024
 EVEN_LE = np.full((L, E), N * K // E)
+UNEVEN_LE = np.tile([512, 512, 256, 256, 128, 128, 128, 128], (L, 1))
+"""N_eff 6.7 of 8: uneven, within the lines of every load rule."""
 
 
-def feed(detector: RouterDetector, steps: range, **fields: Any) -> list[AlertRecord]:
+def feed(
+    detector: RouterDetector, steps: range, counts_LE: np.ndarray = EVEN_LE, **fields: Any
+) -> list[AlertRecord]:
     alerts = []
     for step in steps:
         values = {name: value(step) if callable(value) else value for name, value in fields.items()}
-        alerts += detector.observe(load_record(step, EVEN_LE, K, **values))
+        alerts += detector.observe(load_record(step, counts_LE, K, **values))
     return alerts
 
 
@@ -40,7 +44,7 @@ def test_a_bias_that_outweighs_the_scores_is_told_with_its_step(score: str, expe
         bias_LE[1, 0] = 0.005 * step
         return bias_LE
 
-    alerts = feed(detector, range(200), bias_LE=bias)
+    alerts = feed(detector, range(200), UNEVEN_LE, bias_LE=bias)
     assert [alert.layer for alert in alerts if alert.raised_step == alert.updated_step] == [1] * expected
     if expected:
         assert alerts[0].rule == "BIAS_SATURATED"
@@ -53,9 +57,22 @@ def test_a_bias_in_logit_space_is_compared_with_the_logits() -> None:
     bias_LE[:, 0] = 4.0
     fields = {"bias_LE": bias_LE}
     info = model(L, E, K, score="softmax_topk", has_bias=True)
-    assert feed(RouterDetector(info), range(100), **fields, token_sums=sums(logit_squared=4.0)) == []
-    alerts = feed(RouterDetector(info), range(100), **fields, token_sums=sums(logit_squared=1.0))
+    assert (
+        feed(RouterDetector(info), range(100), UNEVEN_LE, **fields, token_sums=sums(logit_squared=4.0)) == []
+    )
+    alerts = feed(RouterDetector(info), range(100), UNEVEN_LE, **fields, token_sums=sums(logit_squared=1.0))
     assert {(alert.rule, alert.value) for alert in alerts} == {("BIAS_SATURATED", 4.0)}
+
+
+def test_a_large_bias_that_keeps_the_load_even_is_no_alert() -> None:
+    bias_LE = np.zeros((L, E), dtype=np.float32)
+    bias_LE[:, 0] = 0.9
+    detector = RouterDetector(model(L, E, K, score="sigmoid", has_bias=True))
+    assert feed(detector, range(300), bias_LE=bias_LE) == []
+    later = feed(detector, range(300, 400), UNEVEN_LE, bias_LE=bias_LE)
+    later += feed(detector, range(400, 500), bias_LE=bias_LE)
+    mine = [alert for alert in later if alert.rule == "BIAS_SATURATED"]
+    assert [alert.cleared_step is None for alert in mine] == [True] * L + [False] * L
 
 
 def test_drops_are_compared_with_a_balanced_routers_and_escalate() -> None:

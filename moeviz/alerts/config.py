@@ -84,6 +84,8 @@ class AlertConfig:
     bias_clear_scores: float = 0.4
     bias_logits: float = 3.0
     """BIAS_SATURATED: span of the bias in score units, or in multiples of the rms of the logits."""
+    bias_even_util: float = 0.9
+    """BIAS_SATURATED: effective utilisation from which on the bias does its work, however large it is."""
     bias_after: int = 50
     drop_excess: float = 0.01
     drop_error: float = 0.1

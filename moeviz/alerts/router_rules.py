@@ -72,7 +72,10 @@ class RouterRules:
         line_L = np.where(self._logit_space_L, config.bias_logits, config.bias_scores)
         clear_L = line_L * config.bias_clear_scores / config.bias_scores
         judged_L = self._score_space_L | (self._logit_space_L & np.isfinite(logit_rms_L))
-        return Reading("BIAS_SATURATED", value_L > line_L, value_L < clear_L, judged_L, value_L, line_L)
+        # A large bias under an even load is one that works: seen in healthy runs balanced by bias alone.
+        uneven_L = live["eff_util"] < config.bias_even_util
+        fires_L, calm_L = (value_L > line_L) & uneven_L, (value_L < clear_L) | ~uneven_L
+        return Reading("BIAS_SATURATED", fires_L, calm_L, judged_L, value_L, line_L)
 
     def _learn_bias_step(self, bias_LE: np.ndarray) -> None:
         """The sign rule moves a bias by u or not at all.
