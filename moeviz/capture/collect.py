@@ -17,13 +17,13 @@ from torch import Tensor
 from moeviz.capture.micro_batch import MicroBatch
 from moeviz.capture.reading import Reading, RouterSite
 from moeviz.capture.reduce import Decisions, RoutingSums, stack, sum_decisions
-from moeviz.capture.sampling import cut_rows
-from moeviz.capture.scoring import is_ranked, score_of
+from moeviz.capture.sampling import cut_rows, selection_scores
+from moeviz.capture.scoring import is_ordered, is_ranked, score_of
 from moeviz.records import ScoreFunction
 
-_CHUNK_CPU = 2**19
+_CHUNK_CPU = 2**17
 _CHUNK_DEVICE = 2**24
-"""Scores (L x T x E) reduced at a time: half a million fit a CPU's cache, 16 million keep an accelerator busy."""
+"""Scores (L x T x E) reduced at a time: a CPU's cache holds the first number, 16 million keep an accelerator busy."""
 
 
 @dataclass(eq=False)
@@ -35,6 +35,8 @@ class LayerGroup:
     score: ScoreFunction
     ranked: bool
     has_bias: bool
+    ordered: bool = False
+    """Whether slots come by falling selection score."""
     checked: bool = False
 
     @property
@@ -168,6 +170,7 @@ class Collector:
         if not group.checked:
             group.score = score_of(decisions, group.score)
             group.ranked = group.ranked and is_ranked(decisions, group.score, bias_LE)
+            group.ordered = is_ordered(decisions, group.score, bias_LE)
             group.checked = True
         whole = decisions.logits_LTE.shape[1] == micro_batch.num_tokens
         valid_T = micro_batch.valid_T if whole else None
@@ -212,5 +215,6 @@ class Collector:
     ) -> None:
         shape = (micro_batch.batch_size, micro_batch.length)
         rows_N = rows_N.to(decisions.logits_LTE.device)
-        experts, weights = cut_rows(decisions, rows_N, shape, group.score, bias_LE)
+        rank_LTK = None if group.ordered else selection_scores(decisions, group.score, bias_LE)
+        experts, weights = cut_rows(decisions, rows_N, shape, rank_LTK)
         self.step.routing.append(RoutingPiece(group.layers[first:stop], micro_batch.index, experts, weights))

@@ -54,8 +54,9 @@ class Scores(NamedTuple):
     """Scores of L layers, [L, T, E] and [L, T]."""
 
     ranking_LTE: Tensor
-    """What ranks the experts, without selection bias."""
+    """What ranks the experts, without selection bias; for softmax gates the same tensor as `probs_LTE`."""
     probs_LTE: Tensor
+    top_prob_LT: Tensor
     entropy_LT: Tensor
     lse_LT: Tensor
 
@@ -75,30 +76,34 @@ def stack(readings: Sequence[Reading]) -> Decisions:
 
 def scores_of(logits_LTE: Tensor, score: ScoreFunction) -> Scores:
     """Scores, their entropy in nats, and logsumexp of the logits. Every kind but sigmoid ranks by softmax."""
+    top_LT1 = logits_LTE.amax(-1, keepdim=True)
     if score == "sigmoid":
         log_LTE = F.logsigmoid(logits_LTE)
         ranking_LTE = log_LTE.exp()
         total_LT1 = ranking_LTE.sum(-1, keepdim=True)
         probs_LTE = ranking_LTE / total_LT1
         entropy_LT = total_LT1.squeeze(-1).log() - (probs_LTE * log_LTE).sum(-1)
-        return Scores(ranking_LTE, probs_LTE, entropy_LT, logits_LTE.logsumexp(-1))
+        top_prob_LT = (top_LT1.sigmoid() / total_LT1).squeeze(-1)
+        return Scores(ranking_LTE, probs_LTE, top_prob_LT, entropy_LT, logits_LTE.logsumexp(-1))
     # One exponential for softmax and logsumexp; on a CPU with few experts five times faster than softmax().
-    top_LT1 = logits_LTE.amax(-1, keepdim=True)
-    probs_LTE = (logits_LTE - top_LT1).exp()
+    below_LTE = logits_LTE - top_LT1
+    probs_LTE = below_LTE.exp()
     total_LT1 = probs_LTE.sum(-1, keepdim=True)
-    probs_LTE = probs_LTE / total_LT1
-    lse_LT = (top_LT1 + total_LT1.log()).squeeze(-1)
-    entropy_LT = lse_LT - (probs_LTE * logits_LTE).sum(-1)
-    return Scores(probs_LTE, probs_LTE, entropy_LT, lse_LT)
+    probs_LTE.div_(total_LT1)
+    total_LT = total_LT1.squeeze(-1)
+    entropy_LT = total_LT.log() - (probs_LTE * below_LTE).sum(-1)
+    return Scores(probs_LTE, probs_LTE, 1 / total_LT, entropy_LT, top_LT1.squeeze(-1) + total_LT.log())
 
 
 def selection_margin(ranking_LTE: Tensor, bias_LE: Tensor | None, expert_ids_LTK: Tensor) -> Tensor:
-    """Score of the last selected expert minus that of the best unselected one, bias included, [L, T]."""
+    """Score of the last selected expert minus that of the best unselected one, bias included, [L, T].
+
+    Overwrites `ranking_LTE`: the largest tensor here is not copied.
+    """
     if bias_LE is not None:
-        ranking_LTE = ranking_LTE + bias_LE[:, None, :]
+        ranking_LTE += bias_LE[:, None, :]
     selected_LT = ranking_LTE.gather(-1, expert_ids_LTK).amin(-1)
-    rejected_LTE = ranking_LTE.scatter(-1, expert_ids_LTK, float("-inf"))
-    return selected_LT - rejected_LTE.amax(-1)
+    return selected_LT - ranking_LTE.scatter_(-1, expert_ids_LTK, float("-inf")).amax(-1)
 
 
 def sum_decisions(
@@ -118,29 +123,23 @@ def sum_decisions(
         ranked: whether the K experts are the best by score and bias; False makes the margin NaN.
     """
     num_experts, top_k = decisions.logits_LTE.shape[-1], decisions.expert_ids_LTK.shape[-1]
+    counts_LE, dropped_LE, weight_sum_LE = _assignments(decisions, num_experts, valid_T)
     scores = scores_of(decisions.logits_LTE, score)
+    prob_sum_LE = _over_tokens(scores.probs_LTE, valid_T)
     if ranked and top_k < num_experts:
         margin_LT = selection_margin(scores.ranking_LTE, bias_LE, decisions.expert_ids_LTK)
     else:
         margin_LT = torch.full_like(scores.lse_LT, float("nan"))
-    per_token_NLT = torch.stack(
-        [scores.entropy_LT, scores.lse_LT.square(), scores.probs_LTE.amax(-1), margin_LT]
-    )
-    counts_LE, dropped_LE, weight_sum_LE = _assignments(decisions, num_experts, valid_T)
-    if valid_T is None:
-        return RoutingSums(
-            counts_LE, dropped_LE, scores.probs_LTE.sum(1), weight_sum_LE, per_token_NLT.sum(-1)
-        )
-    # Padding is skipped, not multiplied by 0: a padded row may hold NaN.
-    padding_T = ~valid_T
-    probs_LTE = scores.probs_LTE.masked_fill(padding_T[:, None], 0.0)
-    return RoutingSums(
-        counts_LE,
-        dropped_LE,
-        probs_LTE.sum(1),
-        weight_sum_LE,
-        per_token_NLT.masked_fill(padding_T, 0.0).sum(-1),
-    )
+    per_token = [scores.entropy_LT, scores.lse_LT.square(), scores.top_prob_LT, margin_LT]
+    token_sums_NL = _over_tokens(torch.stack(per_token, dim=-1), valid_T).T
+    return RoutingSums(counts_LE, dropped_LE, prob_sum_LE, weight_sum_LE, token_sums_NL)
+
+
+def _over_tokens(values_LTX: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Sum over the tokens that count, [L, X]. Padding is skipped, not multiplied by 0: it may hold NaN."""
+    if valid_T is not None:
+        values_LTX = values_LTX.masked_fill(~valid_T[:, None], 0.0)
+    return values_LTX.sum(1)
 
 
 def _assignments(

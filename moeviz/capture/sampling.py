@@ -40,33 +40,37 @@ def choose_rows(
     return rows[: max(0, wanted - taken)]
 
 
+def selection_scores(decisions: Decisions, score: ScoreFunction, bias_LE: Tensor | None) -> Tensor:
+    """What ranked the chosen experts, up to a monotone map, [L, T, K]."""
+    ids_LTK = decisions.expert_ids_LTK
+    if bias_LE is None:  # softmax and sigmoid keep the order of the logits
+        return decisions.logits_LTE.gather(-1, ids_LTK)
+    if score == "sigmoid":
+        chosen_LTK = decisions.logits_LTE.gather(-1, ids_LTK).sigmoid()
+    else:
+        chosen_LTK = decisions.logits_LTE.softmax(-1).gather(-1, ids_LTK)
+    return chosen_LTK + bias_LE[:, None, :].expand(-1, ids_LTK.shape[1], -1).gather(-1, ids_LTK)
+
+
 def cut_rows(
-    decisions: Decisions,
-    rows_N: Tensor,
-    shape: tuple[int, int],
-    score: ScoreFunction,
-    bias_LE: Tensor | None,
+    decisions: Decisions, rows_N: Tensor, shape: tuple[int, int], rank_LTK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(ids int16, weights) [L, N, S, K] of the chosen rows, slots by falling selection score.
 
     Args:
         decisions: stacked readings of L layers, T = B*S.
-        rows_N: int64 on the device.
+        rows_N: int64 on the device, rising.
         shape: (B, S).
-        score: how logits become scores.
-        bias_LE: selection bias.
+        rank_LTK: `selection_scores`, or None when the slots are in order already.
     """
-    rank_LTE = decisions.logits_LTE
-    if bias_LE is not None:
-        rank_LTE = (rank_LTE.sigmoid() if score == "sigmoid" else rank_LTE.softmax(-1)) + bias_LE[:, None, :]
-    rank_LTK = rank_LTE.gather(
-        -1, decisions.expert_ids_LTK
-    )  # softmax and sigmoid keep the order of the logits
 
     def rows(values_LTK: Tensor) -> Tensor:
-        return values_LTK.unflatten(1, shape).index_select(1, rows_N)
+        values_LBSK = values_LTK.unflatten(1, shape)
+        return values_LBSK if len(rows_N) == shape[0] else values_LBSK.index_select(1, rows_N)
 
-    order_LNSK = rows(rank_LTK).argsort(dim=-1, descending=True, stable=True)
-    experts_LNSK = rows(decisions.expert_ids_LTK).gather(-1, order_LNSK)
-    weights_LNSK = rows(decisions.weights_LTK).gather(-1, order_LNSK)
+    experts_LNSK, weights_LNSK = rows(decisions.expert_ids_LTK), rows(decisions.weights_LTK)
+    if rank_LTK is not None:
+        order_LNSK = rows(rank_LTK).argsort(dim=-1, descending=True, stable=True)
+        experts_LNSK = experts_LNSK.gather(-1, order_LNSK)
+        weights_LNSK = weights_LNSK.gather(-1, order_LNSK)
     return experts_LNSK.short(), weights_LNSK

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from moeviz.capture.reduce import Decisions, scores_of, selection_margin
+from moeviz.capture.sampling import selection_scores
 from moeviz.records import ScoreFunction
 
 _AGREES = 0.02
 """Relative spread of the ratio that rounding to bfloat16 explains."""
 _DECIDES = 8.0
 """How much better than the other one a score function must fit to overrule the adapter."""
+_ENOUGH_TOKENS = 64
+"""Slots of this many tokens are not in order by chance."""
 _TIE = 1e-3
 """A margin this far below 0 is not a tie or a rounding error."""
 
@@ -49,3 +52,10 @@ def is_ranked(decisions: Decisions, score: ScoreFunction, bias_LE: Tensor | None
         return True
     ranking_LTE = scores_of(decisions.logits_LTE, score).ranking_LTE
     return bool((selection_margin(ranking_LTE, bias_LE, decisions.expert_ids_LTK) > -_TIE).all())
+
+
+def is_ordered(decisions: Decisions, score: ScoreFunction, bias_LE: Tensor | None) -> bool:
+    """Whether the router puts the slots of a token by falling selection score; with few tokens, nobody knows."""
+    rank_LTK = selection_scores(decisions, score, bias_LE)
+    enough = rank_LTK.shape[0] * rank_LTK.shape[1] >= _ENOUGH_TOKENS
+    return enough and bool((rank_LTK.diff(dim=-1) <= 0).all())
