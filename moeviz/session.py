@@ -251,6 +251,7 @@ class _RunSink:
         }
         if error is not None and not interrupted:
             detail["error"] = f"{type(error).__name__}: {error}"
+        detail["probe_seconds"] = round(probe.seconds, 3)
         if probe.failures.count:
             detail["recording_errors"] = probe.failures.count
         self._inner.write(

@@ -19,6 +19,7 @@ from moeviz.capture.reading import Reading
 from moeviz.errors import MoevizError
 from moeviz.policy import EVERYTHING, SamplingPolicy
 from moeviz.records import (
+    AttentionRecord,
     EventRecord,
     LayerInfo,
     LoadRecord,
@@ -78,8 +79,8 @@ def test_recomputed_hugging_face_blocks_count_once(reentrant: bool) -> None:
         model, sink = mixtral(), Kept()
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        probe = attach(model, sink, policy=EVERYTHING)
-        train(model, steps, lambda loss, probe=probe: probe.step())
+        with attach(model, sink, policy=EVERYTHING) as probe:
+            train(model, steps, lambda loss, probe=probe: probe.step())
         seen.append(sink)
     for plain, recomputed in zip(seen[0].of(LoadRecord), seen[1].of(LoadRecord), strict=True):
         assert plain.counts_LE.tolist() == recomputed.counts_LE.tolist()
@@ -372,3 +373,45 @@ def test_wrapped_model_is_watched_inside() -> None:
         model(torch.ones(2, 5, dtype=torch.long))
         probe.step()
     assert sink.of(LoadRecord)[0].tokens == 10
+
+
+def test_forward_that_raised_is_not_counted() -> None:
+    model, sink = small_model(), Kept()
+    with attach(model, sink, policy=NO_SAMPLES) as probe:
+        broken = model.lm_head.register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(torch.ones(2, 5, dtype=torch.long))
+        broken.remove()
+        model(torch.ones(3, 5, dtype=torch.long))
+        probe.step()
+    (load,) = sink.of(LoadRecord)
+    assert load.tokens == 15
+    assert load.counts_LE.sum(-1).tolist() == [30, 30]
+
+
+def test_autocast_lowers_no_precision_of_what_is_recorded() -> None:
+    model, sink = small_model(), Kept()
+    kept: list[Tensor] = []
+    hook = model.model.layers[1].mlp.gate.register_forward_hook(
+        lambda m, args, out: kept.append(out.logits_TE)
+    )
+    policy = SamplingPolicy(attention_every=1, attention_heads=4)
+    with attach(model, sink, policy=policy) as probe, torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1)))
+        probe.step()
+    hook.remove()
+    p_TE = kept[0].detach().double().softmax(-1)
+    (load,) = sink.of(LoadRecord)
+    assert load.token_sums["entropy_nats"][0] == pytest.approx(float(-(p_TE * p_TE.log()).sum()), rel=1e-5)
+    for one in sink.of(AttentionRecord):
+        np.testing.assert_allclose(one.map_QC.sum(-1), 1, atol=1e-5)
+
+
+def test_cost_in_the_training_thread_is_accounted_for() -> None:
+    with attach(small_model(), Kept()) as probe:
+        assert probe.seconds == 0
+        model = probe._tap._root
+        model(torch.ones(2, 5, dtype=torch.long))
+        after_forward = probe.seconds
+        probe.step()
+        assert 0 < after_forward < probe.seconds < 10

@@ -70,14 +70,16 @@ def hook_core(site: CoreSite, slot: CoreSlot, switch: Switch, num_heads: int, gu
     """Attach to an attention core; `guarded(call)` takes over outside of compiled code."""
 
     def observe(call: AttentionCall) -> None:
-        if not switch.attending or switch.rows_N is None:
-            return
         if torch.compiler.is_compiling():
+            assert switch.rows_N is not None
             slot.call = select(call, switch.rows_N, choose_heads(call.q_BHSD.shape[1], num_heads))
         else:
             guarded(call)
 
-    return site.attach(observe)
+    def wanted() -> bool:
+        return switch.attending
+
+    return site.attach(observe, wanted)
 
 
 def hook_root(

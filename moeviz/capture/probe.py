@@ -101,6 +101,7 @@ class Probe:
         self._step = first_step
         self._recorded = False
         self._closed = False
+        self._seconds = 0.0
 
     def step(self, step: int | None = None, **scalars: float | Tensor) -> None:
         """End an optimizer step: everything since the last call belongs to it.
@@ -115,6 +116,7 @@ class Probe:
         """
         if self._closed:
             raise MoevizError("this probe is closed; call moeviz.watch again to go on recording")
+        began = time.perf_counter()
         number = self._step if step is None else step
         try:
             self._finish_step(number, scalars)
@@ -130,6 +132,7 @@ class Probe:
         if self.failures.exhausted and self._tap.attached:
             self._give_up()
         self._step = self._tap.step = number + 1
+        self._seconds += time.perf_counter() - began
 
     def label(self, domains: Sequence[str | None] | str | None) -> None:
         """Name the domains of the next sequences in order, one per row, before their forward.
@@ -217,6 +220,11 @@ class Probe:
     def next_step(self) -> int:
         """Number of the step in progress."""
         return self._step
+
+    @property
+    def seconds(self) -> float:
+        """What watching cost so far: time in the training thread at the ends of forwards and steps."""
+        return self._seconds + self._tap.seconds
 
     def _finish_step(self, number: int, scalars: Mapping[str, float | Tensor]) -> None:
         sums, samples = self._tap.take()

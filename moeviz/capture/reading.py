@@ -65,6 +65,16 @@ class Handle(Protocol):
     def remove(self) -> None: ...
 
 
+def always() -> bool:
+    return True
+
+
+class AttachCore(Protocol):
+    """Call an observer with every attention of a core for which `wanted()` is true at that moment."""
+
+    def __call__(self, observe: Observe, wanted: Callable[[], bool] = always) -> Handle: ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RouterSite:
     """A router in the watched model."""
@@ -88,8 +98,8 @@ class CoreSite:
     name: str
     module: nn.Module
     num_heads: int
-    attach: Callable[[Observe], Handle]
-    """Start calling an observer with every attention of this core."""
+    attach: AttachCore
+    """Start calling an observer with the attentions of this core."""
 
 
 class Adapter(Protocol):

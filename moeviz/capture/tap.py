@@ -7,6 +7,7 @@ sleep. So several forwards make one step, a recomputation never counts, and eval
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -66,6 +67,8 @@ class Tap:
         self._core_slots = [CoreSlot() for _ in sites.cores]
         self._handles: list[Handle] = []
         self._held = 0
+        self.seconds = 0.0
+        """Time that the hooks on the root took in the training thread, since the start."""
         self._names = parameter_names(sites.root)
 
     def attach(self) -> None:
@@ -107,6 +110,11 @@ class Tap:
         return self.collector.take(), self.sampler.take()
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        self._open(args, kwargs)
+        self.seconds += time.perf_counter() - began
+
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._sleep()
         trains = self._root.training and torch.is_grad_enabled()
         if in_backward() or not (trains or self._when == "always"):
@@ -115,7 +123,6 @@ class Tap:
             self._clear_slots()
             index = 0 if self.micro_batch is None else self.micro_batch.index + 1
             self.micro_batch = micro_batch = _read_call(index, self._names, args, kwargs)
-            self.collector.count_tokens(micro_batch)
         except Exception as error:
             self._on_error("the start of a forward", error, spoils=True)
             return
@@ -131,7 +138,10 @@ class Tap:
         if not self._switch.awake:
             return
         self._sleep()
+        began = time.perf_counter()
         try:
+            assert self.micro_batch is not None
+            self.collector.count_tokens(self.micro_batch)  # now: a forward that raised leaves no trace
             self._collect()
         except Exception as error:
             self._on_error("reducing", error, spoils=True)
@@ -139,6 +149,7 @@ class Tap:
             if slot.call is not None:
                 self._try_maps(index, slot.call)
         self._clear_slots()
+        self.seconds += time.perf_counter() - began
 
     def _sleep(self) -> None:
         self._switch.awake = self._switch.attending = False
@@ -157,8 +168,10 @@ class Tap:
         for slot in self._router_slots:
             slot.reading = None
         self._held = 0
-        with torch.no_grad():
-            self.collector.collect(self.micro_batch, readings, self.sampler.rows_N)
+        held = next((reading for reading in readings if reading is not None), None)
+        if held is not None:
+            with torch.no_grad(), torch.autocast(held.logits_TE.device.type, enabled=False):
+                self.collector.collect(self.micro_batch, readings, self.sampler.rows_N)
 
     def _router_guard(self, layer: int, read: ReadRouter) -> Callable[..., None]:
         slot = self._router_slots[layer]

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeviz.capture.reading import AttentionCall, CoreSite, Handle, Observe
+from moeviz.capture.reading import AttentionCall, CoreSite, Handle, Observe, always
 
 
 def find_core(name: str, module: nn.Module, parent: nn.Module | None) -> CoreSite | None:
@@ -40,9 +40,9 @@ class _Current:
 _current = _Current()
 
 
-def _attach(module: nn.Module, observe: Observe) -> Handle:
+def _attach(module: nn.Module, observe: Observe, wanted: Callable[[], bool] = always) -> Handle:
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        _current.observe = observe
+        _current.observe = observe if wanted() else None
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _current.observe = None

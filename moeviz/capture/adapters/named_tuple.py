@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import functools
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from moeviz.capture.reading import AttentionCall, CoreSite, Handle, Observe, Reading, RouterSite
+from moeviz.capture.reading import AttentionCall, CoreSite, Handle, Observe, Reading, RouterSite, always
 from moeviz.records import ScoreFunction
 
 _FIELDS = (("logits",), ("weights",), ("expert_ids", "indices", "ids"))
@@ -113,9 +114,10 @@ def _num_heads(module: nn.Module, parent: nn.Module | None) -> int:
     return 0
 
 
-def _attach(module: nn.Module, observe: Observe) -> Handle:
+def _attach(module: nn.Module, observe: Observe, wanted: Callable[[], bool] = always) -> Handle:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observe(_call(module, args, kwargs))
+        if wanted():
+            observe(_call(module, args, kwargs))
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
