@@ -151,7 +151,7 @@ time.sleep(1.5)
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     sidecar = int(done.stdout)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 90  # it runs at the lowest priority
     while time.monotonic() < deadline:
         try:
             os.kill(sidecar, 0)
@@ -159,7 +159,7 @@ time.sleep(1.5)
             return
         time.sleep(0.1)
     os.kill(sidecar, 9)
-    pytest.fail("the sidecar outlived its parent by 15 s")
+    pytest.fail("the sidecar outlived its parent by 90 s")
 
 
 def test_starting_the_sidecar_does_not_wait_for_it(path: Path) -> None:

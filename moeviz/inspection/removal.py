@@ -78,6 +78,18 @@ def _rerouted(site: RouterSite, expert: int, again: Callable[[], Any], output: A
     return changed
 
 
+_PRODUCTS = {
+    F.linear,
+    torch._C._nn.linear,
+    torch.matmul,
+    torch.addmm,
+    torch.mm,
+    Tensor.matmul,
+    Tensor.__matmul__,
+}
+"""What a router may make its logits with. Other libraries replace F.linear (DeepSpeed's ZeRO-3 does) by a product."""
+
+
 class _Masked(TorchFunctionMode):
     """The linear map that gives the logits answers minus infinity for one expert."""
 
@@ -89,7 +101,7 @@ class _Masked(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is F.linear and isinstance(result, Tensor) and result.shape[-1] == self._num_experts:
+        if func in _PRODUCTS and isinstance(result, Tensor) and result.shape[-1] == self._num_experts:
             off_E = torch.arange(self._num_experts, device=result.device) == self._expert
             return result.masked_fill(off_E, float("-inf"))
         return result
