@@ -12,6 +12,7 @@ import torch
 from capture_models import BIASED, VOCAB, Batch, Kept, batches, loss_of, mixtral, small_model, train
 from torch import Tensor, nn
 
+from model.expert_config import RouterConfig
 from model.lm import MoELanguageModel
 from moeviz.capture.failures import PATIENCE, ProbeError
 from moeviz.capture.probe import attach
@@ -69,6 +70,47 @@ def test_counts_are_those_of_the_model(micro_batches: int, padded: bool, recompu
     for load, counts_LE in zip(loads, truth.steps, strict=True):
         assert load.tokens == micro_batches * (27 - (6 if padded else 0))
         assert load.counts_LE.tolist() == counts_LE.tolist()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("drop_order", ["position", "prob"])
+def test_slots_beyond_capacity_are_counted_as_wanted_and_as_dropped(drop_order: Any, padded: bool) -> None:
+    router = RouterConfig(capacity_factor=0.5, drop_order=drop_order)
+    model, sink = small_model(router=router), Kept()
+    kept: list[Tensor] = []
+    for block in model.model.layers[1:]:
+        block.mlp.gate.register_forward_hook(lambda m, args, out: kept.append(out.kept_TK.view(3, 9, 2)))
+    (batch,) = next(batches(1, 1, padded=padded))
+    with attach(model, sink, policy=EVERYTHING) as probe:
+        output = model(batch.ids_BS, attention_mask_BS=batch.mask_BS)
+        probe.step()
+    (load,), (rows,) = sink.of(LoadRecord), sink.of(TokenRoutingRecord)
+    assert load.counts_LE.tolist() == output.expert_counts_LE.tolist()
+    valid_BS = torch.ones(3, 9, dtype=torch.bool) if batch.mask_BS is None else batch.mask_BS.bool()
+    assert load.dropped_LE is not None
+    for layer, kept_BSK in enumerate(kept):
+        assert load.dropped_LE[layer].sum() == (~kept_BSK[valid_BS]).sum() > 0
+        for n in range(3):
+            weights_SK = rows.weights_LNSK[layer, n, : rows.lengths_N[n]]
+            assert ((weights_SK > 0) == kept_BSK[n, valid_BS[n]].numpy()).all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_where_experts_choose_only_what_they_took_is_counted(padded: bool) -> None:
+    model, sink = small_model(router=RouterConfig(chooser="expert")), Kept()
+    (batch,) = next(batches(1, 1, padded=padded))
+    with attach(model, sink, policy=EVERYTHING) as probe:
+        assert [layer.top_k for layer in probe.info.layers] == [2, 2]
+        output = model(batch.ids_BS, attention_mask_BS=batch.mask_BS)
+        probe.step()
+    (load,), (rows,) = sink.of(LoadRecord), sink.of(TokenRoutingRecord)
+    assert load.counts_LE.tolist() == output.expert_counts_LE.tolist()
+    assert load.dropped_LE is None
+    assert "margin" not in load.token_sums
+    for layer in range(2):
+        taken = [rows.weights_LNSK[layer, n, :length] > 0 for n, length in enumerate(rows.lengths_N)]
+        assert sum(one.sum() for one in taken) == load.counts_LE[layer].sum()
+        assert all((one[:, :-1] >= one[:, 1:]).all() for one in taken), "slots that count come first"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -28,6 +28,8 @@ class Reading(NamedTuple):
     """The model's own choice, never recomputed from the logits: 0 <= id < E, also for dropped slots."""
     dropped_TK: Tensor | None = None
     """bool. Slots dropped by a capacity limit; None for a dropless layer."""
+    unused_TK: Tensor | None = None
+    """bool. Slots that are no assignment at all, where experts choose tokens; None: every slot is one."""
     counts_E: Tensor | None = None
     """Assignments per expert before any drop, where the model knows them better than the ids do."""
 
@@ -87,6 +89,8 @@ class RouterSite:
     read: ReadRouter
     bias: Callable[[], Tensor | None]
     """The selection bias [E] as it is now, or None."""
+    experts_choose: bool = False
+    """Whether experts choose tokens: then a token has any number of experts, `top_k` on average."""
     grouped: bool = False
     """Whether experts compete within groups first, so that the best unselected score means nothing."""
 

@@ -47,6 +47,7 @@ class Decisions(NamedTuple):
     expert_ids_LTK: Tensor
     """int64."""
     dropped_LTK: Tensor | None
+    unused_LTK: Tensor | None
     counts_LE: Tensor | None
 
 
@@ -63,14 +64,18 @@ class Scores(NamedTuple):
 
 def stack(readings: Sequence[Reading]) -> Decisions:
     """Put the readings of layers with equal T, E and K on top of each other."""
-    dropped = [reading.dropped_TK for reading in readings if reading.dropped_TK is not None]
-    counts = [reading.counts_E for reading in readings if reading.counts_E is not None]
+
+    def together(parts: Sequence[Tensor | None]) -> Tensor | None:
+        known = [part for part in parts if part is not None]
+        return torch.stack(known) if len(known) == len(parts) else None
+
     return Decisions(
         torch.stack([reading.logits_TE for reading in readings]).float(),
         torch.stack([reading.weights_TK for reading in readings]).float(),
         torch.stack([reading.expert_ids_TK for reading in readings]).long(),
-        torch.stack(dropped) if len(dropped) == len(readings) else None,
-        torch.stack(counts).long() if len(counts) == len(readings) else None,
+        together([reading.dropped_TK for reading in readings]),
+        together([reading.unused_TK for reading in readings]),
+        together([reading.counts_E for reading in readings]),
     )
 
 
@@ -154,13 +159,15 @@ def _assignments(
     if valid_T is not None:
         one_LTK = one_LTK * valid_T[:, None]
         weights_LTK = weights_LTK.masked_fill(~valid_T[:, None], 0.0)
+    if decisions.unused_LTK is not None:
+        one_LTK = one_LTK * ~decisions.unused_LTK
 
     def per_expert(values_LTK: Tensor) -> Tensor:
         sums = values_LTK.new_zeros(num_layers * num_experts)
         return sums.scatter_add_(0, bins, values_LTK.flatten()).view(num_layers, num_experts)
 
     if decisions.counts_LE is not None and valid_T is None:
-        counts_LE = decisions.counts_LE
+        counts_LE = decisions.counts_LE.long()
     else:
         counts_LE = per_expert(one_LTK)
     if decisions.dropped_LTK is not None:

@@ -43,6 +43,8 @@ def choose_rows(
 def selection_scores(decisions: Decisions, score: ScoreFunction, bias_LE: Tensor | None) -> Tensor:
     """What ranked the chosen experts, up to a monotone map, [L, T, K]."""
     ids_LTK = decisions.expert_ids_LTK
+    if decisions.unused_LTK is not None:
+        return decisions.logits_LTE.gather(-1, ids_LTK).masked_fill(decisions.unused_LTK, float("-inf"))
     if bias_LE is None:  # softmax and sigmoid keep the order of the logits
         return decisions.logits_LTE.gather(-1, ids_LTK)
     if score == "sigmoid":

@@ -98,6 +98,9 @@ class Tap:
     def attached(self) -> bool:
         return bool(self._handles)
 
+    def experts_choose(self, layer: int) -> bool:
+        return self._routers[layer].experts_choose
+
     @property
     def map_size(self) -> int:
         return self._policy.attention_size

@@ -55,7 +55,9 @@ def _read(gate: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any)
     ids_TK, weights_TK = output[3].detach().T.long(), output[5].detach().T
     dropped_TK = ids_TK < 0
     ids_TK = torch.where(dropped_TK, _best_not_kept(logits_TE, ids_TK), ids_TK)
-    return Reading(logits_TE, weights_TK.masked_fill(dropped_TK, 0.0), ids_TK, dropped_TK, output[6].detach())
+    return Reading(
+        logits_TE, weights_TK.masked_fill(dropped_TK, 0.0), ids_TK, dropped_TK, counts_E=output[6].detach()
+    )
 
 
 def _best_not_kept(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ writes its router the same way:
         logits_TE: Tensor
         weights_TK: Tensor
         expert_ids_TK: Tensor      # or indices, ids
-        kept_TK: Tensor            # only where capacity drops; or dropped_TK
+        kept_TK: Tensor | None     # only where capacity drops
 
     class Router(nn.Module):
         num_experts: int; top_k: int
@@ -49,14 +49,17 @@ def find_router(name: str, module: nn.Module, parent: nn.Module | None) -> Route
         return None
     config = getattr(module, "config", None)
     score = getattr(config, "score", None)
+    experts_choose = getattr(config, "chooser", "token") == "expert"
+    kept = next((place for place, field in enumerate(fields) if field.startswith("kept")), None)
     return RouterSite(
         name=name,
         module=module,
         num_experts=num_experts,
-        top_k=top_k,
+        top_k=getattr(module, "num_chosen", top_k) if experts_choose else top_k,
         score=score if score in _SCORES else "unknown",
-        read=functools.partial(_read, _drop_field(fields)),
+        read=functools.partial(_read, kept, experts_choose),
         bias=functools.partial(getattr, module, "e_score_correction_bias", None),
+        experts_choose=experts_choose,
         grouped=getattr(config, "num_groups", 1) > 1,
     )
 
@@ -70,25 +73,19 @@ def _returned(module: nn.Module) -> Any:
     return kind if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields") else None
 
 
-def _drop_field(fields: tuple[str, ...]) -> tuple[int, bool] | None:
-    """(position, whether it marks the kept slots) of the field that says what a capacity limit dropped."""
-    for position, field in enumerate(fields):
-        if field.startswith(("kept", "dropped")):
-            return position, field.startswith("kept")
-    return None
-
-
 def _read(
-    drop: tuple[int, bool] | None,
+    kept: int | None,
+    experts_choose: bool,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Any,
 ) -> Reading:
-    dropped_TK = None
-    if drop is not None and output[drop[0]] is not None:
-        dropped_TK = ~output[drop[0]].detach() if drop[1] else output[drop[0]].detach()
-    return Reading(output[0].detach(), output[1].detach(), output[2].detach(), dropped_TK)
+    reading = Reading(output[0].detach(), output[1].detach(), output[2].detach())
+    if kept is None or output[kept] is None:
+        return reading
+    left_TK = ~output[kept].detach()
+    return reading._replace(unused_TK=left_TK) if experts_choose else reading._replace(dropped_TK=left_TK)
 
 
 def find_core(name: str, module: nn.Module, parent: nn.Module | None) -> CoreSite | None:
@@ -128,6 +125,7 @@ def _call(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attention
     sinks_H = kwargs.get("sinks_H")
     call = AttentionCall(q_BHSD, k_BGCD, core.softmax_scale, mask, sinks_H=sinks_H)
     if not hasattr(core, "visible_keys"):
-        return call._replace(causal=getattr(core, "causal", True), window=getattr(core, "window", None))
+        causal = getattr(core, "causal", True) and (mask is None or mask.dim() == 2)
+        return call._replace(causal=causal, window=getattr(core, "window", None))
     visible = core.visible_keys(q_BHSD.shape[2], k_BGCD.shape[2], mask, q_BHSD.device)
     return call._replace(mask=visible, causal=False)
