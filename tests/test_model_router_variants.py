@@ -317,16 +317,18 @@ def test_parameter_counts_include_the_size_of_the_noise() -> None:
 
 
 @pytest.mark.parametrize("router", [{"capacity_factor": 0.5}, {"chooser": "expert"}], ids=str)
-def test_a_viewer_sees_which_slots_were_dropped(router: dict[str, Any]) -> None:
+def test_a_viewer_sees_which_slots_were_left_out(router: dict[str, Any]) -> None:
     gate = _model(**router).train().model.layers[0].mlp.gate
     site = find_router("gate", gate, None)
     assert site is not None
     x_BSD = torch.randn(2, 12, 16)
     routing = gate(x_BSD)
     reading = site.read(gate, (x_BSD,), {}, routing)
-    assert reading.dropped_TK is not None
-    assert torch.equal(reading.dropped_TK, ~routing.kept_TK)
-    assert bool(reading.dropped_TK.any())
+    # Where experts choose, a slot that nobody took was never wanted: unused, not dropped.
+    left_TK = reading.unused_TK if "chooser" in router else reading.dropped_TK
+    assert left_TK is not None
+    assert torch.equal(left_TK, ~routing.kept_TK)
+    assert bool(left_TK.any())
     assert reading.expert_ids_TK.shape == (24, site.top_k)
     dropless = gate.eval()(x_BSD)
     if "chooser" not in router:
