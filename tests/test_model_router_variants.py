@@ -329,7 +329,7 @@ def test_a_viewer_sees_which_slots_were_left_out(router: dict[str, Any]) -> None
     assert left_TK is not None
     assert torch.equal(left_TK, ~routing.kept_TK)
     assert bool(left_TK.any())
-    assert reading.expert_ids_TK.shape == (24, site.top_k)
+    assert reading.expert_ids_TK.shape == (24, gate.top_k)
     dropless = gate.eval()(x_BSD)
     if "chooser" not in router:
         assert site.read(gate, (x_BSD,), {}, dropless).dropped_TK is None
