@@ -63,7 +63,7 @@ def test_configuration_is_readable_without_torch() -> None:
 @pytest.mark.parametrize("command", [command.name for command in COMMANDS])
 def test_every_command_explains_itself(command: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "moeviz.cli", command, "--help"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "moeviz.cli", command, "--help"], capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout) > 200

@@ -48,7 +48,7 @@ def closed_runs() -> Iterator[None]:
 
 def opened(run: Path, monkeypatch: pytest.MonkeyPatch, page: str = "overview", /, **link: str) -> AppTest:
     monkeypatch.setenv("MOEVIZ_RUN", str(run))
-    app = AppTest.from_file(str(app_file()), default_timeout=60)
+    app = AppTest.from_file(str(app_file()), default_timeout=240)
     for name, value in link.items():
         app.query_params[name] = value
     app.run()
@@ -238,7 +238,7 @@ def test_a_run_of_a_dense_model_says_so(tmp_path: Path, monkeypatch: pytest.Monk
 def test_live_page_loads_neither_figures_nor_torch(run: Path) -> None:
     code = (
         "import sys; from streamlit.testing.v1 import AppTest; "
-        f"app = AppTest.from_file({str(app_file())!r}, default_timeout=60).run(); assert not app.exception; "
+        f"app = AppTest.from_file({str(app_file())!r}, default_timeout=240).run(); assert not app.exception; "
         "print([name for name in ('moeviz.plots', 'torch', 'textual') if name in sys.modules])"
     )
     environment = {**os.environ, "MOEVIZ_RUN": str(run)}

@@ -203,7 +203,7 @@ def test_loads_of_two_ranks_are_summed_and_both_write_their_sequences(tmp_path: 
         for rank in range(2)
     ]
     for process in ranks:
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
     alone = [np.array(torch.load(f"{meet}{rank}")) for rank in range(2)]
     store = moeviz.open_run(run)

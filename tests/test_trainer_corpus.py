@@ -229,9 +229,9 @@ def test_builders_at_the_same_time_end_with_one_whole_corpus(tmp_path: Path) -> 
     ]
     for builder in builders:
         builder.start()
-    counts = {results.get(timeout=60) for _ in builders}
+    counts = {results.get(timeout=300) for _ in builders}
     for builder in builders:
-        builder.join(timeout=60)
+        builder.join(timeout=300)
     assert [builder.exitcode for builder in builders] == [0, 0, 0]
     assert len(counts) == 1
     assert len(list((tmp_path / "corpus").iterdir())) == 1

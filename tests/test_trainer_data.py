@@ -285,9 +285,9 @@ def test_ranks_that_build_at_the_same_time_read_the_same(tmp_path: Path) -> None
     ranks = [context.Process(target=_open_in_process, args=(tmp_path, results)) for _ in range(2)]
     for rank in ranks:
         rank.start()
-    assert len({results.get(timeout=60) for _ in ranks}) == 1
+    assert len({results.get(timeout=300) for _ in ranks}) == 1
     for rank in ranks:
-        rank.join(timeout=60)
+        rank.join(timeout=300)
         assert rank.exitcode == 0
 
 
