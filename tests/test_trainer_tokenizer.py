@@ -15,7 +15,14 @@ import tiktoken
 from moeviz.errors import MoevizError
 from trainer.corpus import CorpusConfig, build_corpus
 from trainer.data import open_tokenizer
-from trainer.tokenizer import EOS, Tokenizer, load_tokenizer, named_tokenizer, train_tokenizer
+from trainer.tokenizer import (
+    EOS,
+    BytePairTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    named_tokenizer,
+    train_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +130,7 @@ def test_every_token_has_a_text(tokenizer: Tokenizer) -> None:
 def test_ids_that_stand_for_nothing_have_a_text_too() -> None:
     ranks = {bytes([value]): value for value in range(256)}
     gap = tiktoken.Encoding("gap", pat_str=".", mergeable_ranks=ranks, special_tokens={EOS: 260})
-    texts = Tokenizer(gap, 260).token_texts()
+    texts = BytePairTokenizer(gap, 260).token_texts()
     assert len(texts) == 261
     assert texts[257] == "<|unused 257|>"
 

@@ -28,7 +28,6 @@ from trainer.checkpoint import SaveError, load_checkpoint
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import TrainConfig
 from trainer.data_batches import TokenBatches
-from trainer.evaluate import token_lengths
 from trainer.presets import preset_names, train_preset
 from trainer.text import open_text
 from trainer.train import TrainResult, train
@@ -150,7 +149,7 @@ def test_token_lengths_add_up_to_the_text(corpus_cache: Path) -> None:
     tokenizer = open_text(TOY, quiet=True).tokenizer
     assert tokenizer is not None
     words = "3 + 4 = 7; naïve “quotes”\n"
-    lengths_V = token_lengths(tokenizer)
+    lengths_V = tokenizer.token_lengths()
     assert lengths_V[tokenizer.encode(words)].sum() == len(words.encode())
     assert lengths_V[tokenizer.eos_id] == 0
 

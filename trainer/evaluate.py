@@ -16,7 +16,6 @@ import torch
 
 from trainer.data_batches import IGNORE, Batch, TokenBatches
 from trainer.engine import Engine
-from trainer.tokenizer import Tokenizer
 
 
 class DomainLoss(NamedTuple):
@@ -37,7 +36,7 @@ def evaluate(
 
     Args:
         batches: the run's batches; their fixed validation windows are read.
-        token_bytes_V: length of each token in bytes, from `token_lengths`; None: no bits per byte.
+        token_bytes_V: length of each token in bytes, from its tokenizer; None: no bits per byte.
         sequences: windows of each domain at most.
     """
     was_training = engine.module.training
@@ -70,14 +69,6 @@ def _mean(total: np.ndarray, has_bytes: bool) -> DomainLoss:
     nats, tokens, num_bytes = total
     bits = nats / math.log(2) / num_bytes if has_bytes and num_bytes else math.nan
     return DomainLoss(float(nats / tokens), float(bits), int(tokens))
-
-
-def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """int64 [V]: bytes that each token spells; 0 for special ones and unused ids."""
-    lengths_V = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for token in tokenizer.encoding.token_byte_values():
-        lengths_V[tokenizer.encoding.encode_single_token(token)] = len(token)
-    return lengths_V
 
 
 def evaluation_scalars(losses: Mapping[str, DomainLoss]) -> dict[str, float]:

@@ -11,7 +11,6 @@ from model.config import ModelConfig
 from trainer.config import TrainConfig
 from trainer.data import DataConfig, open_data
 from trainer.data_batches import TokenBatches
-from trainer.evaluate import token_lengths
 from trainer.tokenizer import Tokenizer
 
 
@@ -28,7 +27,7 @@ class Text:
     @property
     def token_bytes_V(self) -> np.ndarray | None:
         """Length of every token in bytes."""
-        return token_lengths(self.tokenizer) if self.tokenizer else None
+        return self.tokenizer.token_lengths() if self.tokenizer else None
 
     def fit(self, model: ModelConfig) -> ModelConfig:
         """The model's config with as many token ids as the text has: a small text gives a small

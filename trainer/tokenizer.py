@@ -5,11 +5,11 @@ touch the network. A tokenizer is one JSON file beside the run, with every token
 never depends on a cache or on a name that somebody else may change. Sennrich et al. 2016
 (https://arxiv.org/abs/1508.07909); byte level as in GPT-2.
 
-    train_tokenizer(texts, vocab_size=4096) -> Tokenizer
-    load_tokenizer(path) -> Tokenizer                     a file written by Tokenizer.save
-    named_tokenizer("o200k_base") -> Tokenizer            any tiktoken encoding whose file can be had
+    train_tokenizer(texts, vocab_size=4096) -> BytePairTokenizer
+    load_tokenizer(path) -> Tokenizer                     what Tokenizer.save wrote, or any tokenizer.json
+    named_tokenizer("o200k_base") -> BytePairTokenizer    any tiktoken encoding whose file can be had
     Tokenizer: .vocab_size .eos_id .name .key .encode(text) .encode_batch(texts) .decode(ids)
-               .token_texts() -> list[str]  .save(path)
+               .token_texts() -> list[str]  .token_lengths() -> [V]  .save(path)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
@@ -45,8 +45,44 @@ PATTERN = (
 """How text is cut before merging: GPT-4's rule, but digits in pairs, which a small vocabulary covers."""
 
 
+class Tokenizer(Protocol):
+    """Text to ids and back, and the id that ends a document."""
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """V: one more than the largest id."""
+
+    @property
+    def key(self) -> str:
+        """Changes when any token or the cutting rule does."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; whatever looks like a special token in it is text."""
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[np.ndarray]:
+        """Ids of many texts, uint32."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def token_texts(self) -> list[str]:
+        """What each id 0 to V-1 shows as."""
+
+    def token_lengths(self) -> np.ndarray | None:
+        """int64 [V]: bytes of text that each token spells, 0 for special ones; None where that is not fixed."""
+
+    def save(self, path: Path) -> None:
+        """Write the whole tokenizer as one JSON file, which `load_tokenizer` reads."""
+
+
 @dataclass(frozen=True)
-class Tokenizer:
+class BytePairTokenizer:
     """A tiktoken encoding and the token that ends a document."""
 
     encoding: Any
@@ -91,6 +127,13 @@ class Tokenizer:
             texts[rank] = token
         return texts
 
+    def token_lengths(self) -> np.ndarray:
+        """int64 [V]: bytes that each token spells; 0 for special ones and unused ids."""
+        lengths_V = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, rank in self.encoding._mergeable_ranks.items():
+            lengths_V[rank] = len(token)
+        return lengths_V
+
     def save(self, path: Path) -> None:
         """Write the whole tokenizer as one JSON file.
 
@@ -114,7 +157,7 @@ class Tokenizer:
 
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int = 4096, name: str = "moeviz", quiet: bool = True
-) -> Tokenizer:
+) -> BytePairTokenizer:
     """Learn a byte-level BPE; a corpus too small for `vocab_size` gives a smaller vocabulary.
 
     Raises:
@@ -142,7 +185,7 @@ def train_tokenizer(
 
 def _ranks(merges: Iterable[tuple[str, str] | str]) -> dict[bytes, int]:
     """Bytes 0 to 255, then one token a merge, in the order in which they were learned."""
-    byte_of = _printable_bytes()
+    byte_of = printable_bytes()
     ranks = {bytes([value]): value for value in range(256)}
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -150,14 +193,14 @@ def _ranks(merges: Iterable[tuple[str, str] | str]) -> dict[bytes, int]:
     return ranks
 
 
-def _printable_bytes() -> dict[str, int]:
+def printable_bytes() -> dict[str, int]:
     """GPT-2's table: the character that stands for each byte in a byte-level vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [value for value in range(256) if value not in printable]
     return {chr(v): v for v in printable} | {chr(256 + i): v for i, v in enumerate(hidden)}
 
 
-def _from_ranks(ranks: dict[bytes, int], name: str) -> Tokenizer:
+def _from_ranks(ranks: dict[bytes, int], name: str) -> BytePairTokenizer:
     eos_id = len(ranks)
     encoding = tiktoken.Encoding(
         name=name,
@@ -166,38 +209,51 @@ def _from_ranks(ranks: dict[bytes, int], name: str) -> Tokenizer:
         special_tokens={EOS: eos_id},
         explicit_n_vocab=eos_id + 1,
     )
-    return Tokenizer(encoding, eos_id)
+    return BytePairTokenizer(encoding, eos_id)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer that `Tokenizer.save` wrote, exactly as it was.
+    """A tokenizer that `Tokenizer.save` wrote, exactly as it was; or a tokenizer.json of Hugging Face.
+
+    Args:
+        path: the file, or a folder with a tokenizer.json in it.
 
     Raises:
-        MoevizError: no such file, or not a tokenizer of this project.
+        MoevizError: no such file, or not a tokenizer.
     """
+    file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        content = orjson.loads(path.read_bytes())
-        if content["format"] != _FORMAT:
+        content = orjson.loads(file.read_bytes())
+        if content.get("format") == _FORMAT:
+            return _from_content(content)
+        from trainer.tokenizer_hub import is_hub_tokenizer, load_hub_tokenizer
+
+        if not is_hub_tokenizer(content):
             raise KeyError("format")
-        ranks = {base64.b64decode(token): rank for token, rank in content["tokens"].items()}
-        encoding = tiktoken.Encoding(
-            name=content["name"],
-            pat_str=content["pattern"],
-            mergeable_ranks=ranks,
-            special_tokens=content["special_tokens"],
-        )
-        return Tokenizer(encoding, content["eos_id"])
+        return load_hub_tokenizer(content, file)
     except FileNotFoundError as error:
         raise MoevizError(
-            f"no tokenizer at {path}; name a file that a run has saved, or leave it out"
+            f"no tokenizer at {file}; name a file that a run has saved or a tokenizer.json, or leave it out"
         ) from error
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
         raise MoevizError(
-            f"{path} is no tokenizer of moeviz ({_FORMAT}); train one by leaving the option out"
+            f"{file} is no tokenizer of moeviz ({_FORMAT}) and no tokenizer.json of Hugging Face; "
+            "train one by leaving the option out"
         ) from error
 
 
-def named_tokenizer(name: str, *, cache: Path) -> Tokenizer:
+def _from_content(content: dict[str, Any]) -> BytePairTokenizer:
+    ranks = {base64.b64decode(token): rank for token, rank in content["tokens"].items()}
+    encoding = tiktoken.Encoding(
+        name=content["name"],
+        pat_str=content["pattern"],
+        mergeable_ranks=ranks,
+        special_tokens=content["special_tokens"],
+    )
+    return BytePairTokenizer(encoding, content["eos_id"])
+
+
+def named_tokenizer(name: str, *, cache: Path) -> BytePairTokenizer:
     """A tiktoken encoding: from tiktoken's cache, from the package bpe-openai, or from the network.
 
     Args:
@@ -218,7 +274,7 @@ def named_tokenizer(name: str, *, cache: Path) -> Tokenizer:
             f"the file of tokenizer {name!r} is not here and cannot be fetched ({type(error).__name__}); "
             "run: pip install bpe-openai (cl100k_base, o200k_base), or use the tokenizer 'auto'"
         ) from error
-    return Tokenizer(encoding, encoding.eot_token)
+    return BytePairTokenizer(encoding, encoding.eot_token)
 
 
 def _get_encoding(name: str, cache: Path) -> Any:
