@@ -44,6 +44,35 @@ def test_what_is_not_judged_does_not_count() -> None:
     assert latch.since_RL.tolist() == [[0, 4]]
 
 
+def latch_steps(raises: str, keeps: str, weight: float, raise_after: int = 4) -> list[int]:
+    """Steps at which a latch of one rule raises, with rows that are kept and records that count for `weight`."""
+    latch = Latch(np.array([raise_after]), np.array([99]), 1)
+    found = []
+    for step, (up, keep) in enumerate(zip(raises, keeps, strict=True)):
+        yes, no = np.array([[True]]), np.array([[False]])
+        raised, _ = latch.update(
+            np.array([[up == "1"]]),
+            no,
+            yes,
+            step,
+            keep_RL=np.array([[keep == "1"]]),
+            weight_RL=np.array([[weight]]),
+        )
+        found += [step] * len(raised)
+    return found
+
+
+def test_a_kept_row_goes_on_but_does_not_begin() -> None:
+    assert latch_steps("1011", "0100", 1.0) == [3]
+    assert latch_steps("1011", "0000", 1.0) == []
+    assert latch_steps("0000", "1111", 1.0) == []
+
+
+def test_stronger_evidence_persists_for_fewer_records() -> None:
+    assert latch_steps("111111", "000000", 2.0) == [1]
+    assert latch_steps("111111", "000000", 1.5) == [2]
+
+
 def alert(
     rule_id: str, layer: int | None, step: int, cleared: int | None = None, **fields: object
 ) -> AlertRecord:

@@ -314,3 +314,17 @@ def test_thresholds_can_be_overridden() -> None:
         run = Run(config)
         run.feed(milder, 200)
         assert {alert.rule for alert in run.alerts} == expected
+
+
+def test_stray_tokens_do_not_bring_a_dead_expert_back_to_life() -> None:
+    """A few tokens every ninth step lift the smoothed load over the dead line again and again, within its noise."""
+    run = Run()
+    run.feed(even(), AFTER_START)
+    gone, stray = without_one(dead=5), without_one(dead=5) * (K - 0.034) / K
+    stray[5] = 0.034
+    alerts, lowest = [], []
+    for step in range(140):
+        alerts += run.feed(stray if step % 9 == 0 else gone, 1)
+        lowest.append(run.detector.statistics.mean_LE[0, 5])
+    assert max(lowest[70:]) > AlertConfig().dead_line > min(lowest[70:])
+    assert [alert.layer for alert in raised(alerts, "EXPERT_DEAD")] == list(range(L))

@@ -13,7 +13,7 @@ from typing import Any
 
 from moeviz.errors import MoevizError
 
-RULE_VERSION = 1
+RULE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

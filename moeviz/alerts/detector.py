@@ -110,6 +110,8 @@ class RouterDetector:
             np.stack([reading.clear_L for reading in readings]),
             np.stack([reading.judged_L for reading in readings]),
             step,
+            keep_RL=self._rows_of([reading.keep_L for reading in readings], False),
+            weight_RL=self._rows_of([reading.weight_L for reading in readings], 1.0),
         )
         self._remember(readings)
         due = self.episodes.tick()
@@ -129,6 +131,14 @@ class RouterDetector:
                     continue  # between the two lines: nothing new to say
                 records += self.episodes.update(self._finding(readings[row], row, layer, step), step)
         return records
+
+    def _rows_of(self, rows: list[np.ndarray | None], without: bool | float) -> np.ndarray:
+        """One array [R, L] of what each rule says; `without` where it says nothing."""
+        table_RL = np.full((len(rows), self._info.num_layers), without)
+        for row, values_L in enumerate(rows):
+            if values_L is not None:
+                table_RL[row] = values_L
+        return table_RL
 
     def _remember(self, readings: list[Reading]) -> None:
         """Keep the newest values and the worst value since each condition last began to hold."""

@@ -1,7 +1,9 @@
 """Persistence and hysteresis for many yes/no conditions at once.
 
 A condition that holds P records in a row raises; a second, looser one that holds Q in a row clears. Between
-the two nothing changes, because the dynamics of routing have hysteresis themselves.
+the two nothing changes, because the dynamics of routing have hysteresis themselves. A rule that knows its noise
+may say more: a record of stronger evidence counts for more than one, and a record on which the condition fails
+by no more than noise does not break the row.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ class Latch:
         shape = (len(raise_after_R), num_layers)
         self._raise_after_R1 = np.asarray(raise_after_R)[:, None]
         self._clear_after_R1 = np.asarray(clear_after_R)[:, None]
-        self._held_RL = np.zeros(shape, dtype=np.int64)
+        self._held_RL = np.zeros(shape)
         self._calm_RL = np.zeros(shape, dtype=np.int64)
         self.active_RL = np.zeros(shape, dtype=bool)
         self.since_RL = np.full(shape, -1, dtype=np.int64)
@@ -29,17 +31,32 @@ class Latch:
         return self._held_RL > 0
 
     def update(
-        self, raise_RL: np.ndarray, clear_RL: np.ndarray, judged_RL: np.ndarray, step: int
+        self,
+        raise_RL: np.ndarray,
+        clear_RL: np.ndarray,
+        judged_RL: np.ndarray,
+        step: int,
+        *,
+        keep_RL: np.ndarray | None = None,
+        weight_RL: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Feed one record.
 
         Returns the indices (rule, layer) that were raised and those that were cleared, int [n, 2].
 
-        Where `judged_RL` is false (not armed, nothing recorded) the counters stand still.
+        Args:
+            raise_RL: where the raise condition holds.
+            clear_RL: where the clear condition holds.
+            judged_RL: where this is false (not armed, nothing recorded) the counters stand still.
+            step: of the record.
+            keep_RL: where a row that has begun goes on although the raise condition fails; None: nowhere.
+            weight_RL: what a record counts for in its row; None: 1.
         """
-        held_RL = np.where(judged_RL, np.where(raise_RL, self._held_RL + 1, 0), self._held_RL)
+        going_RL = raise_RL if keep_RL is None else raise_RL | (keep_RL & (self._held_RL > 0))
+        longer_RL = self._held_RL + (1 if weight_RL is None else weight_RL)
+        held_RL = np.where(judged_RL, np.where(going_RL, longer_RL, 0), self._held_RL)
         calm_RL = np.where(judged_RL, np.where(clear_RL & ~raise_RL, self._calm_RL + 1, 0), self._calm_RL)
-        self.since_RL[(held_RL == 1) & (self._held_RL == 0)] = step
+        self.since_RL[(held_RL > 0) & (self._held_RL == 0)] = step
         self._held_RL, self._calm_RL = held_RL, calm_RL
         raised_RL = ~self.active_RL & (held_RL >= self._raise_after_R1)
         cleared_RL = self.active_RL & (calm_RL >= self._clear_after_R1)

@@ -26,6 +26,10 @@ class Reading(NamedTuple):
     threshold_L: np.ndarray
     level: int = 0
     """1 for the harder line of a rule that escalates."""
+    keep_L: np.ndarray | None = None
+    """Where a row of records that has begun goes on although `raise_L` fails by no more than noise."""
+    weight_L: np.ndarray | None = None
+    """What this record counts for in its row; None: 1."""
 
 
 class LoadView(NamedTuple):
@@ -72,18 +76,23 @@ def _starved(
     statistics: LoadStatistics, view: LoadView, config: AlertConfig, judged_L: np.ndarray
 ) -> Reading:
     line_L = statistics.starved_line_L
-    guard_L = config.guard_sd * statistics.mean_sd(view.lowest_L)
+    sd_L = statistics.mean_sd(view.lowest_L)
+    guarded_L = line_L - config.guard_sd * sd_L
     return Reading(
         "EXPERT_STARVED",
-        raise_L=view.lowest_L < line_L - guard_L,
+        raise_L=view.lowest_L < guarded_L,
         clear_L=view.lowest_L > config.starved_clear * line_L,
         judged_L=judged_L,
         value_L=view.lowest_L,
         threshold_L=line_L,
+        weight_L=_worth((guarded_L - view.lowest_L) / np.maximum(sd_L, 1e-12), statistics, config),
     )
 
 
 def _dead(statistics: LoadStatistics, view: LoadView, config: AlertConfig, judged_L: np.ndarray) -> Reading:
+    # A few stray tokens lift a smoothed load over so low a line for many records: that is noise, not recovery.
+    sd_L = statistics.mean_sd(np.full_like(view.lowest_L, config.dead_line))
+    stray_L = config.guard_sd * sd_L
     return Reading(
         "EXPERT_DEAD",
         raise_L=view.dead_L > 0,
@@ -91,7 +100,21 @@ def _dead(statistics: LoadStatistics, view: LoadView, config: AlertConfig, judge
         judged_L=judged_L & (statistics.even_total_L >= config.dead_assignments),
         value_L=view.lowest_L,
         threshold_L=np.full_like(view.lowest_L, config.dead_line),
+        keep_L=view.lowest_L < np.minimum(config.dead_line + stray_L, config.dead_clear),
+        weight_L=_worth(
+            (config.dead_clear - stray_L - view.lowest_L) / np.maximum(sd_L, 1e-12), statistics, config
+        ),
     )
+
+
+def _worth(deviations_L: np.ndarray, statistics: LoadStatistics, config: AlertConfig) -> np.ndarray:
+    """How many records one record counts for: one more for each standard deviation below a line, at most three.
+
+    Persistence is there to rule out noise, so what noise cannot explain need not persist as long. Before the first
+    records that could have persisted, the noise is not known well enough for this.
+    """
+    known_L = statistics.seen_L > config.arm_after + config.raise_after
+    return np.where(known_L, 1 + np.clip(deviations_L, 0, 2), 1.0)
 
 
 def _skew(view: LoadView, config: AlertConfig, judged_L: np.ndarray) -> Reading:
