@@ -31,6 +31,19 @@ class HeadOutput(NamedTuple):
     """Scalar, nats: mean over the labels that are not IGNORE; 0 where there are none."""
     token_loss_BS: Tensor | None
     """float32, nats, detached; 0 at ignored positions."""
+    correct_BS: Tensor | None
+    """Bool: whether the label is the most probable token; False at ignored positions. None with gradients."""
+
+
+class TokenLosses(NamedTuple):
+    """What `linear_cross_entropy` says of T tokens."""
+
+    ce: Tensor
+    """Scalar, nats: mean over labels that are not IGNORE."""
+    token_loss_T: Tensor
+    """Nats, detached."""
+    correct_T: Tensor | None
+    """Whether the label has the largest logit. None where gradients are wanted: training does not ask."""
 
 
 class LMHead(nn.Linear):
@@ -41,30 +54,28 @@ class LMHead(nn.Linear):
 
     def forward(self, hidden_BSD: Tensor, labels_BS: Tensor | None = None) -> HeadOutput:  # type: ignore[override]
         if labels_BS is None:
-            return HeadOutput(F.linear(hidden_BSD, self.weight), None, None)
+            return HeadOutput(F.linear(hidden_BSD, self.weight), None, None, None)
         dtype = matmul_dtype(hidden_BSD)
-        ce, token_loss_T = linear_cross_entropy(
+        ce, token_loss_T, correct_T = linear_cross_entropy(
             hidden_BSD.flatten(0, 1).to(dtype), self.weight.to(dtype), labels_BS.flatten()
         )
-        return HeadOutput(None, ce, token_loss_T.view_as(labels_BS))
+        correct_BS = None if correct_T is None else correct_T.view_as(labels_BS)
+        return HeadOutput(None, ce, token_loss_T.view_as(labels_BS), correct_BS)
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of softmax(hidden W^T) in nats (scalar), and the detached loss of each token [T].
-
-    Only the mean has gradients, and only first ones.
-    """
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> TokenLosses:
+    """Cross-entropy of softmax(hidden W^T) in nats. Only the mean has gradients, and only first ones."""
     needs_grad = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    ce, token_loss_T, _, _ = _fused_cross_entropy(hidden_TD, weight_VD, labels_T, needs_grad)
-    return ce, token_loss_T.detach()
+    ce, token_loss_T, _, _, correct_T = _fused_cross_entropy(hidden_TD, weight_VD, labels_T, needs_grad)
+    return TokenLosses(ce, token_loss_T.detach(), None if needs_grad else correct_T)
 
 
 @torch.library.custom_op("moe_model::linear_cross_entropy", mutates_args=())
 def _fused_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, needs_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss, token losses, and with `needs_grad` the gradients of hidden and weight (else two empty
-    ones).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean loss, token losses, and with `needs_grad` the gradients of hidden and weight; without it whether
+    each label is the most probable token. What is not asked for is empty.
     """
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
     valid_T = labels_T != IGNORE
@@ -73,6 +84,7 @@ def _fused_cross_entropy(
     token_loss_T = torch.empty_like(scale_T)
     grad_hidden_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD.new_empty(0)
     grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_grad else hidden_TD.new_empty(0)
+    correct_T = torch.empty_like(valid_T if not needs_grad else valid_T[:0])
     with torch.autocast(hidden_TD.device.type, enabled=False):
         for rows in _chunks(hidden_TD, weight_VD):
             logits_TV = hidden_TD[rows] @ weight_VD.t()
@@ -81,8 +93,11 @@ def _fused_cross_entropy(
                 errors_TV = _logit_gradients(probs_TV, targets_T[rows], scale_T[rows]).to(hidden_TD.dtype)
                 torch.mm(errors_TV, weight_VD, out=grad_hidden_TD[rows])
                 _add_product(grad_weight_VD, errors_TV.t(), hidden_TD[rows])
+            else:
+                correct_T[rows] = (logits_TV.argmax(dim=-1) == targets_T[rows]) & valid_T[rows]
         ce = token_loss_T @ scale_T
-    return ce, token_loss_T.masked_fill_(~valid_T, 0), grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype)
+    token_loss_T.masked_fill_(~valid_T, 0)
+    return ce, token_loss_T, grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype), correct_T
 
 
 def _chunks(hidden_TD: Tensor, weight_VD: Tensor) -> list[slice]:
@@ -122,15 +137,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @_fused_cross_entropy.register_fake
 def _(
     hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, needs_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
     token_loss_T = torch.empty_like(labels_T, dtype=wide)
     shapes = (hidden_TD, weight_VD) if needs_grad else (hidden_TD.new_empty(0), hidden_TD.new_empty(0))
-    return token_loss_T.new_empty(()), token_loss_T, torch.empty_like(shapes[0]), torch.empty_like(shapes[1])
+    grad_hidden_TD, grad_weight_VD = torch.empty_like(shapes[0]), torch.empty_like(shapes[1])
+    correct_T = torch.empty_like(labels_T[:0] if needs_grad else labels_T, dtype=torch.bool)
+    return token_loss_T.new_empty(()), token_loss_T, grad_hidden_TD, grad_weight_VD, correct_T
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[2:4])
 
 
 def _scale_gradients(ctx: Any, grad_ce: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -40,6 +40,8 @@ class ModelOutput(NamedTuple):
     the router asks for it; and the scalar `contrastive` with such a head and labels. Empty without labels."""
     expert_counts_LE: Tensor
     """int64, detached: valid tokens that chose each expert; rows sum to N * K."""
+    correct_BS: Tensor | None = None
+    """Bool: whether the label is the most probable token. With labels and without gradients only."""
 
 
 class DecoderOutput(NamedTuple):
@@ -148,7 +150,7 @@ class MoELanguageModel(nn.Module):
         """
         valid_BC = attention_mask_BS.bool() if attention_mask_BS is not None else None
         hidden_BSD, routings = self.model(input_ids_BS, valid_BC, cache)
-        logits_BSV, ce, token_loss_BS = self.lm_head(hidden_BSD, labels_BS)
+        logits_BSV, ce, token_loss_BS, correct_BS = self.lm_head(hidden_BSD, labels_BS)
         valid_T = valid_BC[:, -input_ids_BS.shape[1] :].flatten() if valid_BC is not None else None
         counts_LE = self._counts(routings, valid_T, input_ids_BS.device)
         aux: dict[str, Tensor] = {}
@@ -156,7 +158,7 @@ class MoELanguageModel(nn.Module):
             aux = self._aux(routings, counts_LE, valid_T, len(input_ids_BS), counts_so_far_LE)
             if self.contrastive is not None and sequence_labels_B is not None:
                 aux["contrastive"] = self._contrast(hidden_BSD, valid_T, sequence_labels_B)
-        return ModelOutput(logits_BSV, ce, token_loss_BS, aux, counts_LE)
+        return ModelOutput(logits_BSV, ce, token_loss_BS, aux, counts_LE, correct_BS)
 
     def _contrast(self, hidden_BSD: Tensor, valid_T: Tensor | None, labels_B: Tensor) -> Tensor:
         assert self.contrastive is not None

@@ -32,7 +32,7 @@ def _operands(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, T
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_equals_cross_entropy_of_logits(dtype: torch.dtype, scale: float) -> None:
     hidden_TD, weight_VD, labels_T = _operands(dtype, scale)
-    ce, token_loss_T = linear_cross_entropy(hidden_TD, weight_VD, labels_T)
+    ce, token_loss_T, _ = linear_cross_entropy(hidden_TD, weight_VD, labels_T)
     logits_TV = hidden_TD @ weight_VD.t()
     expected = F.cross_entropy(logits_TV, labels_T)
     torch.testing.assert_close(ce, expected)
@@ -56,7 +56,7 @@ def test_gradcheck() -> None:
 
 def test_bfloat16_stays_near_float32_and_reports_float32() -> None:
     hidden_TD, weight_VD, labels_T = _operands(torch.bfloat16)
-    ce, token_loss_T = linear_cross_entropy(hidden_TD, weight_VD, labels_T)
+    ce, token_loss_T, _ = linear_cross_entropy(hidden_TD, weight_VD, labels_T)
     assert ce.dtype == token_loss_T.dtype == torch.float32
     exact = F.cross_entropy(hidden_TD.double() @ weight_VD.double().t(), labels_T)
     torch.testing.assert_close(ce.double(), exact, rtol=1e-2, atol=0)
@@ -66,7 +66,7 @@ def test_bfloat16_stays_near_float32_and_reports_float32() -> None:
 
 def test_nothing_to_predict_costs_nothing() -> None:
     hidden_TD, weight_VD, labels_T = _operands(torch.float32)
-    ce, token_loss_T = linear_cross_entropy(hidden_TD, weight_VD, torch.full_like(labels_T, IGNORE))
+    ce, token_loss_T, _ = linear_cross_entropy(hidden_TD, weight_VD, torch.full_like(labels_T, IGNORE))
     ce.backward()
     assert ce.item() == 0
     assert not bool(token_loss_T.any())
@@ -87,7 +87,7 @@ def test_autocast_multiplies_in_its_own_dtype() -> None:
     labels_BS = torch.randint(VOCAB, (2, 5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ce = head(hidden_BSD, labels_BS).ce
-    expected, _ = linear_cross_entropy(
+    expected, _, _ = linear_cross_entropy(
         hidden_BSD.flatten(0, 1).bfloat16(), head.weight.bfloat16(), labels_BS.flatten()
     )
     assert torch.equal(ce, expected)
@@ -96,3 +96,21 @@ def test_autocast_multiplies_in_its_own_dtype() -> None:
 def test_the_custom_op_keeps_torch_s_rules() -> None:
     hidden_TD, weight_VD, labels_T = _operands(torch.float32)
     torch.library.opcheck(model.head._fused_cross_entropy, (hidden_TD, weight_VD, labels_T, True))
+    with torch.no_grad():
+        torch.library.opcheck(
+            model.head._fused_cross_entropy, (hidden_TD.detach(), weight_VD.detach(), labels_T, False)
+        )
+
+
+@pytest.mark.usefixtures("chunk")
+def test_correct_is_where_the_largest_logit_is_the_label() -> None:
+    hidden_TD, weight_VD, labels_T = _operands(torch.float32)
+    best_T = (hidden_TD @ weight_VD.t()).argmax(dim=-1)
+    labels_T[1:4] = best_T[1:4]
+    with torch.no_grad():
+        correct_T = linear_cross_entropy(hidden_TD, weight_VD, labels_T).correct_T
+    assert correct_T is not None
+    assert torch.equal(correct_T, best_T == labels_T)
+    assert correct_T[1:4].all()
+    assert not correct_T[labels_T == IGNORE].any()
+    assert linear_cross_entropy(hidden_TD, weight_VD, labels_T).correct_T is None

@@ -131,17 +131,20 @@ def test_validation_loss_is_cross_entropy_on_the_held_out_windows(plain: TrainRe
     held_out = {name for name in text.batches.domains if text.batches.shards.num_tokens("validation", name)}
     assert set(plain.evaluations[step]) == held_out
     for domain, told in plain.evaluations[step].items():
-        nats, tokens, num_bytes = 0.0, 0, 0
+        nats, tokens, num_bytes, correct = 0.0, 0, 0, 0
         for batch in text.batches.validation(domain, num_tokens=config.evaluation.eval_sequences * 16):
             labels_BS = torch.from_numpy(batch.labels_BS)
             with torch.no_grad():
                 logits_BSV = model(torch.from_numpy(batch.input_ids_BS)).logits_BSV
             nats += F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="sum").item()
             tokens += labels_BS.numel()
+            correct += int((logits_BSV.argmax(dim=-1) == labels_BS).sum())
             ids = [token for token in batch.labels_BS.flatten().tolist() if token != tokenizer.eos_id]
             num_bytes += len(tokenizer.encoding.decode_bytes(ids))
         assert told.num_tokens == tokens <= config.evaluation.eval_sequences * 16
         assert told.loss_nats == pytest.approx(nats / tokens, rel=1e-5)
+        assert told.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+        assert told.accuracy == pytest.approx(correct / tokens)
         assert told.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 

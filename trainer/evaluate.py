@@ -1,4 +1,4 @@
-"""Loss on held-out text, domain by domain, on the same sequences every time.
+"""Loss and accuracy on held-out text, domain by domain, on the same sequences every time.
 
 Nothing here touches training: no gradient, no count for the balance bias, and the model is in evaluation
 mode, in which probes sleep. Bits per byte do not depend on the tokenizer, so runs with different ones can be
@@ -26,6 +26,13 @@ class DomainLoss(NamedTuple):
     bits_per_byte: float
     """NaN where the tokenizer is not known."""
     num_tokens: int
+    accuracy: float = math.nan
+    """Share of the tokens that were the most probable one."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): as many equally likely tokens would be as hard to tell."""
+        return math.exp(self.loss_nats)
 
 
 @torch.no_grad()
@@ -55,24 +62,26 @@ def evaluate(
         engine.module.train(was_training)
 
 
-def _cost(engine: Engine, batch: Batch, token_bytes_V: np.ndarray | None) -> tuple[float, int, int]:
-    """Nats, tokens and bytes of one batch."""
+def _cost(engine: Engine, batch: Batch, token_bytes_V: np.ndarray | None) -> tuple[float, int, int, int]:
+    """Nats, tokens, bytes and right guesses of one batch."""
     labels_BS = torch.from_numpy(batch.labels_BS).to(engine.device)
     output = engine.forward(torch.from_numpy(batch.input_ids_BS).to(engine.device), labels_BS)
     assert output.token_loss_BS is not None
+    assert output.correct_BS is not None
     targets = batch.labels_BS[batch.labels_BS != IGNORE]
     num_bytes = int(token_bytes_V[targets].sum()) if token_bytes_V is not None else 0
-    return float(output.token_loss_BS.double().sum()), len(targets), num_bytes
+    nats = float(output.token_loss_BS.double().sum())
+    return nats, len(targets), num_bytes, int(output.correct_BS.sum())
 
 
 def _mean(total: np.ndarray, has_bytes: bool) -> DomainLoss:
-    nats, tokens, num_bytes = total
+    nats, tokens, num_bytes, correct = total
     bits = nats / math.log(2) / num_bytes if has_bytes and num_bytes else math.nan
-    return DomainLoss(float(nats / tokens), float(bits), int(tokens))
+    return DomainLoss(float(nats / tokens), float(bits), int(tokens), float(correct / tokens))
 
 
 def evaluation_scalars(losses: Mapping[str, DomainLoss]) -> dict[str, float]:
-    """What is recorded of an evaluation: `val_loss`, the mean over all tokens, and two values a domain."""
+    """What is recorded of an evaluation: `val_loss`, the mean over all tokens, and three values a domain."""
     if not losses:
         return {}
     tokens = sum(each.num_tokens for each in losses.values())
@@ -81,4 +90,6 @@ def evaluation_scalars(losses: Mapping[str, DomainLoss]) -> dict[str, float]:
         scalars[f"val_loss/{domain}"] = each.loss_nats
         if not math.isnan(each.bits_per_byte):
             scalars[f"val_bits_per_byte/{domain}"] = each.bits_per_byte
+        if not math.isnan(each.accuracy):
+            scalars[f"val_accuracy/{domain}"] = each.accuracy
     return scalars
