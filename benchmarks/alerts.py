@@ -2,10 +2,10 @@
 
     python benchmarks/alerts.py --steps 8000 --out alerts.json
 
-prints false alarms per 10,000 steps in healthy scenarios, steps from onset to alert in the others, and the
-scalar rules. The detector judges all layers at once, so the replicates of a scenario are simply its layers.
-`5% rule` is the rule in circulation: some expert below 0.4 of an even share on a single step (5 % of the
-assignments at 8 experts).
+prints false alarms per 10,000 steps in healthy scenarios, steps from onset to alert in the others, the
+scalar rules, and which bars hold. `--seed` draws everything anew; `--part quiet|loud|scalars` runs one part.
+The detector judges all layers at once, so the replicates of a scenario are simply its layers. `5% rule` is the
+rule in circulation: some expert below 0.4 of an even share on a single step (5 % of the assignments at 8 experts).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from alert_bars import alert_bars
 from alert_scalars import scalar_delays, scalar_false_alarms
 from alert_scenarios import (
     NOISES,
@@ -36,6 +37,8 @@ from alert_scenarios import (
     slow,
     sudden,
 )
+from bench_report import bar_table, machine
+from rich.console import Console
 
 from moeviz.alerts import RouterDetector
 from moeviz.metrics import load
@@ -93,12 +96,12 @@ def chunks(steps: int) -> Iterator[np.ndarray]:
         yield np.arange(start, min(start + CHUNK, steps))
 
 
-def simulate(truth: Truth, noise: Noise, shape: Shape, replicates: int, steps: int) -> Outcome:
+def simulate(truth: Truth, noise: Noise, shape: Shape, replicates: int, steps: int, seed: int) -> Outcome:
     """Run the detector over a scenario."""
     num_experts, top_k, tokens = shape
     detector = detector_for(num_experts, top_k, replicates)
-    seed = sum(shape) + int(noise.design_effect)
-    counts = Counts(noise, tokens, top_k, (replicates, num_experts), seed)
+    own_seed = sum(shape) + int(noise.design_effect) + 100_000 * seed
+    counts = Counts(noise, tokens, top_k, (replicates, num_experts), own_seed)
     outcome = Outcome({rule: [] for rule in LOAD_RULES}, {}, 0, replicates * steps)
     below_R = np.zeros(replicates, dtype=bool)
     for step_S in chunks(steps):
@@ -126,6 +129,19 @@ def true_crossing(truth: Truth, num_experts: int, steps: int) -> int | None:
     lowest_S = load.min_load(load.load_share(truth(np.arange(ONSET, steps))))
     below_S = lowest_S < load.starved_line(num_experts)
     return int(below_S.argmax()) if below_S.any() else None
+
+
+def drift_lead(outcome: Outcome) -> int | None:
+    """Fewest steps by which LOAD_DRIFT came before the collapse alert of the same replicate."""
+    first: dict[str, dict[int, int]] = {"LOAD_DRIFT": {}, "ROUTING_COLLAPSE": {}}
+    for rule, steps in first.items():
+        for replicate, step in outcome.raised[rule]:
+            if step >= ONSET:
+                steps.setdefault(replicate, step)
+    never = 10**9
+    drift, collapse = first.values()
+    leads = [step - drift.get(replicate, never) for replicate, step in collapse.items()]
+    return max(min(leads), -1) if leads else None
 
 
 def delays(outcome: Outcome, replicates: int) -> dict[str, dict[str, float]]:
@@ -167,13 +183,14 @@ def quiet_scenarios(shape: Shape, folder: Path | None) -> dict[str, tuple[Truth,
     return found
 
 
-def run_quiet(steps: int, replicates: int, folder: Path | None) -> list[dict[str, Any]]:
+def run_quiet(steps: int, replicates: int, folder: Path | None, seed: int) -> list[dict[str, Any]]:
     """False alarms of every healthy scenario, printed as they come."""
     rows = []
     for shape in CONFIGURATIONS:
         for noise in NOISES:
             for name, (truth, share) in quiet_scenarios(shape, folder).items():
-                outcome = simulate(truth, noise, shape, replicates, max(int(steps * share), 1000))
+                own_steps = max(int(steps * share), 1000)
+                outcome = simulate(truth, noise, shape, replicates, own_steps, seed)
                 alarms = {rule: len(found) for rule, found in outcome.raised.items() if found}
                 row = {
                     "scenario": name,
@@ -200,19 +217,20 @@ def print_quiet(row: dict[str, Any]) -> None:
     )
 
 
-def run_loud(replicates: int) -> list[dict[str, Any]]:
+def run_loud(replicates: int, seed: int) -> list[dict[str, Any]]:
     """Delays of every scenario that should alarm, with clustered noise, printed as they come."""
     rows = []
     for name, (make, after) in LOUD.items():
         for shape in CONFIGURATIONS:
             truth = make(shape[0], shape[1])
-            outcome = simulate(truth, NOISES[1], shape, replicates, ONSET + after)
+            outcome = simulate(truth, NOISES[1], shape, replicates, ONSET + after, seed)
             row = {
                 "scenario": name,
                 "shape": shape,
                 "delays": delays(outcome, replicates),
                 "critical_max": max((step - ONSET for step in outcome.critical.values()), default=None),
                 "true_crossing": true_crossing(truth, shape[0], ONSET + after),
+                "lead": drift_lead(outcome),
             }
             rows.append(row)
             print_loud(row)
@@ -223,7 +241,7 @@ def print_loud(row: dict[str, Any]) -> None:
     cells = []
     for rule in LOAD_RULES:
         cell = row["delays"].get(rule)
-        text = "–" if cell is None else f"{cell['median']:.0f} ({cell['p90']:.0f})"
+        text = "–" if cell is None else f"{cell['median']:.0f} ({cell['max']:.0f})"
         cells.append(text + (f" [{cell['found']:.0%}]" if cell and cell["found"] < 1 else ""))
     print(
         f"  {row['scenario']:<10} {named(row['shape']):<10}"
@@ -237,38 +255,58 @@ def named(shape: Shape) -> str:
     return "{},{},{}".format(*shape)
 
 
+def run_scalars(steps: int) -> dict[str, Any]:
+    """The scalar rules: false alarms and delays, printed."""
+    false_alarms, found = scalar_false_alarms(steps), scalar_delays()
+    print("\nScalar rules: false alarms per 10,000 steps, then steps to detection")
+    for kind, row in false_alarms.items():
+        print(f"  {kind:<6}" + "  ".join(f"{rule} {count:.2f}" for rule, count in row.items()))
+    for name, delay in found.items():
+        print(f"  {name:<36} {delay}")
+    return {"false_alarms_per_10k": false_alarms, "delays": found}
+
+
+def published_folder(wish: Path | None) -> Path | None:
+    """Folder of the published loads, or None (said aloud) where there is none."""
+    root = Path(os.environ.get("MOEVIZ_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    folder = wish or root / "olmoe_routing"
+    if (folder / "expert_counts.json").exists():
+        return folder
+    print("expert_counts.json not found (--data): scenarios with published loads are left out")
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=8_000, help="steps of a healthy scenario")
     parser.add_argument("--replicates", type=int, default=25, help="independent copies of each scenario")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws everything anew")
+    parser.add_argument("--part", choices=("all", "quiet", "loud", "scalars"), default="all")
     parser.add_argument("--data", type=Path, help="folder with the published expert_counts.json")
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
     arguments = parser.parse_args()
-    root = Path(os.environ.get("MOEVIZ_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-    folder = arguments.data or root / "olmoe_routing"
-    if not (folder / "expert_counts.json").exists():
-        print("expert_counts.json not found (--data): scenarios with published loads are left out")
-        folder = None
-    started = time.perf_counter()
-    print("False alarms per 10,000 steps in healthy scenarios (E,k,N)")
-    quiet = run_quiet(arguments.steps, arguments.replicates, folder)
-    print("\nSteps from onset to alert: median (90 %) [share found]")
-    print(" " * 23 + "".join(f"{title:>19}" for title in LOAD_RULES.values()))
-    loud = run_loud(arguments.replicates)
-    false_alarms, found = scalar_false_alarms(2 * arguments.steps), scalar_delays()
-    print("\nScalar rules: false alarms per 10,000 steps, then steps to detection")
-    for kind, row in false_alarms.items():
-        print(f"  {kind:<6}" + "  ".join(f"{rule} {count:.2f}" for rule, count in row.items()))
-    for name, delay in found.items():
-        print(f"  {name:<36} {delay}")
-    seconds = time.perf_counter() - started
-    print(f"\n{seconds:.0f} s")
+    steps, replicates, seed, part = arguments.steps, arguments.replicates, arguments.seed, arguments.part
+    before, started = machine(), time.process_time()
+    result: dict[str, Any] = {"machine": before, "seed": seed, "quiet": [], "loud": []}
+    if part in ("all", "quiet"):
+        print("False alarms per 10,000 steps in healthy scenarios (E,k,N)")
+        result["quiet"] = run_quiet(steps, replicates, published_folder(arguments.data), seed)
+    if part in ("all", "loud"):
+        print("\nSteps from onset to alert: median (largest) [share found]")
+        print(" " * 23 + "".join(f"{title:>19}" for title in LOAD_RULES.values()))
+        result["loud"] = run_loud(replicates, seed)
+    if part in ("all", "scalars"):
+        result["scalars"] = run_scalars(2 * steps)
+    bars = alert_bars(result["quiet"], result["loud"])
+    result["bars"] = [{**asdict(bar), "holds": bar.holds} for bar in bars]
+    result["cpu_seconds"] = time.process_time() - started
+    if bars:
+        Console().print(bar_table(bars))
+    print(f"{result['cpu_seconds']:.0f} s of processor time")
     if arguments.out:
-        scalars = {"false_alarms_per_10k": false_alarms, "delays": found}
-        result = {"quiet": quiet, "loud": loud, "scalars": scalars, "seconds": seconds}
-        arguments.out.write_text(json.dumps(result, indent=1))
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -75,14 +75,15 @@ def publish(
         table.add_row(*(_text(value) for value in row.values()))
     console.print(table)
     if bars:
-        console.print(_bar_table(bars))
+        console.print(bar_table(bars))
     if out is not None:
         verdicts = [{**asdict(bar), "holds": bar.holds} for bar in bars]
         data = {"title": title, "machine": facts, "rows": list(rows), "bars": verdicts}
         out.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _bar_table(bars: Sequence[Bar]) -> Table:
+def bar_table(bars: Sequence[Bar]) -> Table:
+    """The bars as a table with a verdict each."""
     table = Table(title="bars")
     for name in ("what", "measured", "at most", "verdict"):
         table.add_column(name, justify="right" if name in ("measured", "at most") else "left")
