@@ -46,13 +46,13 @@ class LoadView(NamedTuple):
 
 def look(statistics: LoadStatistics, config: AlertConfig) -> LoadView:
     """Summarise the smoothed loads of every layer."""
-    share_LE, width_L, top_k_L = statistics.smooth_share_LE, statistics.num_experts_L, statistics.top_k_L
-    n_eff_L = load.n_eff(share_LE)
+    mean_LE, width_L, top_k_L = statistics.mean_LE, statistics.num_experts_L, statistics.top_k_L
+    n_eff_L = load.n_eff(statistics.smooth_share_LE)
     return LoadView(
-        lowest_L=load.min_load(share_LE, width_L),
+        lowest_L=load.filled(mean_LE, width_L, np.inf).min(axis=-1),
         n_eff_L=n_eff_L,
         util_L=load.utilisation(n_eff_L, top_k_L, width_L),
-        excess_L=load.excess_cov(share_LE, top_k_L, width_L),
+        excess_L=load.excess(mean_LE.max(axis=-1) - 1, top_k_L, width_L),
         dead_L=statistics.experts_below(config.dead_line).sum(axis=-1),
     )
 

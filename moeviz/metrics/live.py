@@ -55,21 +55,24 @@ def _balance(
     top_k_L: np.ndarray,
     design_effect_L: np.ndarray | float,
 ) -> dict[str, np.ndarray]:
-    cv2_L = load.load_cv2(share_LE, num_experts_L)
+    # Passes over [L, E] are the cost of a step: what is a function of another metric of the step takes none.
+    square_L = load.hill_sum(share_LE)
+    cv2_L = load.cv2(square_L, num_experts_L)
+    imbalance_L = load.load_imbalance(share_LE, num_experts_L)
     shape = (tokens, top_k_L, num_experts_L, design_effect_L)
     entropy_L = load.entropy_nats(share_LE)
     n_eff_L = np.exp(entropy_L)
     return {
         "load_entropy": load.normalised_entropy(entropy_L, num_experts_L),
         "n_eff": n_eff_L,
-        "n_eff2": load.n_eff2(share_LE),
+        "n_eff2": 1 / square_L,
         "eff_util": load.utilisation(n_eff_L, top_k_L, num_experts_L),
         "load_cv": np.sqrt(cv2_L),
         "cv2_excess": noise.cv2_excess(cv2_L, *shape),
-        "load_imbalance": load.load_imbalance(share_LE, num_experts_L),
-        "maxvio_batch": load.maxvio(share_LE, num_experts_L),
+        "load_imbalance": imbalance_L,
+        "maxvio_batch": imbalance_L - 1,
         "maxvio_floor": noise.maxvio_floor(*shape),
-        "excess_cov": load.excess_cov(share_LE, top_k_L, num_experts_L),
+        "excess_cov": load.excess(imbalance_L - 1, top_k_L, num_experts_L),
         "min_load": load.min_load(share_LE, num_experts_L),
         "gini": load.gini(share_LE, num_experts_L),
     }

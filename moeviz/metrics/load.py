@@ -69,7 +69,17 @@ def load_cv2(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.nda
 
     Shazeer et al. 2017 eq. 6-7 penalise this (of gate sums and of a smooth load).
     """
-    return np.maximum(_width(share_LE, num_experts) * np.einsum("...e,...e->...", share_LE, share_LE) - 1, 0)
+    return cv2(hill_sum(share_LE), _width(share_LE, num_experts))
+
+
+def hill_sum(share_LE: np.ndarray) -> np.ndarray:
+    """sum_i s_i^2: 1/E even, 1/k collapsed. The probability that two assignments share their expert."""
+    return np.einsum("...e,...e->...", share_LE, share_LE)
+
+
+def cv2(hill_sum_L: np.ndarray, num_experts: Experts) -> np.ndarray:
+    """`load_cv2` of a known sum of squared shares, E sum(s^2) - 1."""
+    return np.maximum(num_experts * hill_sum_L - 1, 0)
 
 
 def load_cv(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
@@ -131,7 +141,7 @@ def n_eff(share_LE: np.ndarray) -> np.ndarray:
 
 def n_eff2(share_LE: np.ndarray) -> np.ndarray:
     """Effective number of experts 1 / sum(s^2) = E / (1 + CV^2). Hill number of order 2."""
-    return 1 / np.einsum("...e,...e->...", share_LE, share_LE)
+    return 1 / hill_sum(share_LE)
 
 
 def eff_util(share_LE: np.ndarray, top_k: Experts, num_experts: Experts | None = None) -> np.ndarray:
@@ -154,9 +164,14 @@ def excess_cov(share_LE: np.ndarray, top_k: Experts, num_experts: Experts | None
 
     Comparable across E and k. NaN where E = k.
     """
-    even_L = np.asarray(top_k, dtype=np.float64) / _width(share_LE, num_experts)
+    return excess(maxvio(share_LE, num_experts), top_k, _width(share_LE, num_experts))
+
+
+def excess(maxvio_L: np.ndarray, top_k: Experts, num_experts: Experts) -> np.ndarray:
+    """`excess_cov` of a known maximal violation, MaxVio / (E/k - 1), NaN where E = k."""
+    most_L = np.asarray(num_experts, dtype=np.float64) / top_k - 1
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(even_L < 1, (top_k * share_LE.max(axis=-1) - even_L) / (1 - even_L), np.nan)
+        return np.where(most_L > 0, maxvio_L / most_L, np.nan)
 
 
 def gini(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
