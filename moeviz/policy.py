@@ -26,15 +26,29 @@ class SamplingPolicy:
     """Heads per attention core whose maps are recorded, spread evenly over the heads."""
     attention_size: int = 128
     """Side of a recorded map at most; longer sequences are averaged in blocks."""
+    latent_every: int = 50
+    """Record latents of attention (MLA, two-stage) every n optimizer steps (0: never)."""
+    latent_layers: int | Literal["all"] = 4
+    """Attention layers whose latents are recorded, spread evenly over the model, or `all` of them."""
+    latent_tokens: int = 1024
+    """Tokens of a step whose latents are looked at; give ten per dimension of a latent, or its rank looks low."""
 
     def __post_init__(self) -> None:
-        for name in ("route_every", "attention_every", "attention_heads"):
+        for name in ("route_every", "attention_every", "attention_heads", "latent_every"):
             value = getattr(self, name)
             if value < 0:
                 raise MoevizError(f"{name}={value} is negative; give 0 for never, or a positive number")
         if self.route_sequences != "all" and self.route_sequences < 0:
             raise MoevizError(
                 f"route_sequences={self.route_sequences} is negative; give 0 or more sequences, or 'all'"
+            )
+        if self.latent_layers != "all" and self.latent_layers < 0:
+            raise MoevizError(
+                f"latent_layers={self.latent_layers} is negative; give 0 or more layers, or 'all'"
+            )
+        if self.latent_tokens < 2:
+            raise MoevizError(
+                f"latent_tokens={self.latent_tokens} is below 2; one token spans no space, 1024 is the default"
             )
         if self.attention_size < 8:
             raise MoevizError(f"attention_size={self.attention_size} is below 8; a smaller map shows nothing")
@@ -46,6 +60,10 @@ class SamplingPolicy:
     def attends_at(self, step: int) -> bool:
         """Whether attention maps of `step` are recorded."""
         return self.attention_every > 0 and self.attention_heads > 0 and step % self.attention_every == 0
+
+    def shows_latents_at(self, step: int) -> bool:
+        """Whether latents of `step` are recorded, where the model has any."""
+        return self.latent_every > 0 and self.latent_layers != 0 and step % self.latent_every == 0
 
 
 EVERYTHING = SamplingPolicy(route_every=1, route_sequences="all")

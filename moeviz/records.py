@@ -47,12 +47,28 @@ class AttentionInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentInfo:
+    """Attention that works through latents: compressed vectors (MLA), or slots that read for the queries."""
+
+    layer: int
+    """The transformer block."""
+    name: str
+    """Dotted module name of the attention."""
+    kind: Literal["mla", "two-stage"]
+    width: int
+    """Numbers of an MLA latent of keys and values; slots of each key head."""
+    num_heads: int
+    """Query heads; 0 where the module does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """What a reader must know about the model to read its records."""
 
     family: str
     layers: tuple[LayerInfo, ...]
     attentions: tuple[AttentionInfo, ...] = ()
+    latents: tuple[LatentInfo, ...] = ()
     num_parameters: int = 0
 
     @property
@@ -72,6 +88,7 @@ class ModelInfo:
             family=data["family"],
             layers=tuple(LayerInfo(**layer) for layer in data["layers"]),
             attentions=tuple(AttentionInfo(**core) for core in data.get("attentions", ())),
+            latents=tuple(LatentInfo(**each) for each in data.get("latents", ())),
             num_parameters=data.get("num_parameters", 0),
         )
 
@@ -152,6 +169,39 @@ class AttentionRecord:
     q_len: int
     """Queries before pooling; equals map_QC.shape[0] when nothing was pooled."""
     k_len: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LatentRecord:
+    """The latents of one attention layer: how much of their space is used, and a picture of one sequence.
+
+    X is 1 for what all heads share (MLA), else the recorded heads; C numbers of a latent, or slots.
+    """
+
+    step: int
+    rank: int
+    layer: int
+    """The transformer block, not the MoE layer."""
+    name: Literal["kv", "q", "read", "write"]
+    """MLA's latents of keys and values, or of queries; what slots read of the tokens, or tokens of the slots."""
+    heads: tuple[int, ...]
+    """Key heads of `read`, query heads of `write`; empty for MLA."""
+    tokens: int
+    """How many tokens `profile_XC` and `values` speak of."""
+    seq: int
+    """Whose picture `grid_XSC` is."""
+    length: int
+    """Tokens of that sequence behind the rows; more than rows when these are blocks of tokens."""
+    grid_XSC: np.ndarray
+    """float32. A row per token in order (or block of tokens): the latent; the weight of each slot on the token (a
+    block: their sum, so that columns sum to 1); the weight of the token on each slot (a block: their mean)."""
+    singular_XR: np.ndarray
+    """float32. Singular values, largest first: of the centred latents of all tokens; of what the slots read of that
+    sequence; of the map from its last tokens through the slots to earlier ones."""
+    profile_XC: np.ndarray
+    """float32. Standard deviation of each number; entropy / ln S of what each slot reads; mass of each slot."""
+    values: Mapping[str, float]
+    """Quantities of `moeviz metrics` about the layer, means over heads and sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -245,6 +295,7 @@ Record = (
     | TokenRoutingRecord
     | SequenceRecord
     | AttentionRecord
+    | LatentRecord
     | ScalarRecord
     | MetricRecord
     | AlertRecord

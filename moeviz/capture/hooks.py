@@ -28,8 +28,11 @@ class Switch:
 
     awake: bool = False
     attending: bool = False
+    latents: bool = False
     rows_N: Tensor | None = None
     """Sequences whose attention is recorded, on the device of the inputs."""
+    latent_rows_N: Tensor | None = None
+    """Sequences whose latents are recorded."""
 
 
 @dataclass(eq=False)

@@ -288,6 +288,7 @@ class Probe:
             groups=list(alike.values()),
             maps=samples.maps,
             map_size=self._tap.map_size,
+            latents=samples.latents,
         )
 
     def _explain_empty(self, sums: StepSums) -> None:

@@ -1,4 +1,4 @@
-"""Token-level rows and attention maps of a step, made into records in the writer's thread.
+"""Token-level rows, attention maps and latents of a step, made into records in the writer's thread.
 
 Padding is cut here: routers see rows of the padded batch, readers see the tokens of a sequence. A full queue
 may drop the whole batch (`droppable`).
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moeviz.capture.latent_batch import LatentPiece, LatentRecords
 from moeviz.capture.transfer import HostCopy
 from moeviz.records import AttentionRecord, Record, SequenceRecord, TokenRoutingRecord
 
@@ -40,12 +41,13 @@ class MapPiece(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class SampleBatch:
-    """Token-level rows and maps of one step."""
+    """Token-level rows, maps and latents of one step."""
 
     step: int
     rank: int
     copy: HostCopy
-    """`ids/M`, `valid/M`, `loss/M` of micro-batch M; `experts/P`, `weights/P` of routing piece P; `maps/P`."""
+    """`ids/M`, `valid/M`, `loss/M` of micro-batch M; `experts/P`, `weights/P` of routing piece P; `maps/P`;
+    `latent/P/NAME`."""
     sequences: Sequence[SequencePiece]
     routing: Sequence[tuple[tuple[int, ...], int]]
     """(layers, micro-batch) of each routing piece."""
@@ -53,6 +55,7 @@ class SampleBatch:
     """Layers that share E and K: one record each."""
     maps: Sequence[MapPiece] = ()
     map_size: int = 128
+    latents: Sequence[LatentPiece] = ()
     droppable: bool = field(default=True, init=False)
 
     @property
@@ -60,12 +63,14 @@ class SampleBatch:
         return self.copy.nbytes
 
     def materialize(self) -> Iterator[Record]:
-        """Sequences first, then their routing, then their maps."""
+        """Sequences first, then their routing, then their maps and latents."""
         arrays = self.copy.arrays()
         places = {piece.micro_batch: self._places(piece, arrays) for piece in self.sequences}
         yield from self._sequence_records(arrays, places)
         yield from self._routing_records(arrays, places)
         yield from self._map_records(arrays, places)
+        seqs = {piece.micro_batch: piece.seqs for piece in self.sequences}
+        yield from LatentRecords(self.step, self.rank, self.latents, arrays, places, seqs)
 
     def _places(self, piece: SequencePiece, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Positions of the valid tokens of each sequence."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moeviz.capture.latent_batch import LatentPiece
 from moeviz.capture.micro_batch import MicroBatch
 from moeviz.capture.sample_batch import MapPiece, SequencePiece
 from moeviz.capture.sampling import choose_rows
@@ -22,6 +23,7 @@ class StepSamples:
 
     sequences: list[SequencePiece] = field(default_factory=list)
     maps: list[MapPiece] = field(default_factory=list)
+    latents: list[LatentPiece] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """On the device, by the names of `SampleBatch.copy`."""
 
@@ -37,6 +39,8 @@ class Sampler:
         """Rows of the micro-batch in progress that are recorded, on its device; None: none."""
         self.attention_rows_N: Tensor | None = None
         """Those of them whose attention is recorded."""
+        self.latent_rows_N: Tensor | None = None
+        """Those of them whose latents are recorded."""
         self._seen = 0
         self._expected = 0
         self._labels: deque[str | None] = deque()
@@ -52,13 +56,16 @@ class Sampler:
 
     def begin(self, micro_batch: MicroBatch, step: int) -> None:
         """Choose the rows of a micro-batch that is about to run."""
-        self._rows, self.rows_N, self.attention_rows_N = [], None, None
+        self._rows, self.rows_N, self.attention_rows_N, self.latent_rows_N = [], None, None, None
         policy, first, size = self.policy, self._seen, micro_batch.batch_size
         labels = [self._labels.popleft() if self._labels else self._label_of_all for _ in range(size)]
         self._seen += size
         routes, attends = policy.routes_at(step), policy.attends_at(step)
         taken = sum(len(piece.seqs) for piece in self.step.sequences)
-        wanted = policy.route_sequences if routes else self.attention_sequences if attends else 0
+        latents = max(1, policy.latent_tokens // micro_batch.length) if policy.shows_latents_at(step) else 0
+        wanted = (
+            policy.route_sequences if routes else max(self.attention_sequences if attends else 0, latents)
+        )
         rows = choose_rows(first, size, self._expected, wanted, step, taken)
         if not rows:
             return
@@ -69,6 +76,7 @@ class Sampler:
         self.rows_N = chosen if routes else None
         room = max(0, self.attention_sequences - taken)
         self.attention_rows_N = chosen[:room] if attends and room else None
+        self.latent_rows_N = chosen[: latents - taken] if latents > taken else None
         piece = SequencePiece(
             micro_batch.index,
             tuple(first + row for row in rows),
@@ -86,6 +94,21 @@ class Sampler:
         """Keep the maps [N, J, P, P] of one core."""
         self.step.tensors[f"maps/{len(self.step.maps)}"] = maps
         self.step.maps.append(MapPiece(layer, tuple(heads), micro_batch, maps.shape[0], num_keys))
+
+    def add_latents(self, piece: LatentPiece, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what one layer's latents gave."""
+        position = len(self.step.latents)
+        self.step.tensors |= {f"latent/{position}/{name}": values for name, values in tensors.items()}
+        self.step.latents.append(piece)
+
+    def latent_room(self, layer: int, kind: str) -> int:
+        """Tokens of this step whose latents may still be taken from a layer."""
+        taken = sum(
+            len(self.step.tensors[f"latent/{position}/tokens"])
+            for position, piece in enumerate(self.step.latents)
+            if (piece.layer, piece.kind) == (layer, kind)
+        )
+        return self.policy.latent_tokens - taken
 
     def add_loss(self, micro_batch: MicroBatch, loss_BS: Tensor) -> None:
         """Keep the losses of the recorded rows of the last micro-batch; [B, S] or [B, S-1]."""
@@ -105,5 +128,5 @@ class Sampler:
         self._expected, self._seen = self._seen, 0
         self._labels.clear()
         self._label_of_all = None
-        self._rows, self.rows_N, self.attention_rows_N = [], None, None
+        self._rows, self.rows_N, self.attention_rows_N, self.latent_rows_N = [], None, None, None
         return done

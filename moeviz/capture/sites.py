@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import nn
 
 from moeviz.capture.adapters import active_adapters
 from moeviz.capture.failures import ProbeError
+from moeviz.capture.latent_sites import LatentSite, find_latents
 from moeviz.capture.reading import Adapter, CoreSite, RouterSite
 from moeviz.records import AttentionInfo, LayerInfo, ModelInfo
 
 _LOOKS_LIKE_ROUTER = re.compile(r"(Router|TopKGate|TopKGating|Top[K0-9]+Gat\w*)$", re.IGNORECASE)
+_S = TypeVar("_S", CoreSite, LatentSite)
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -29,6 +32,8 @@ class Sites:
     routers: tuple[RouterSite, ...]
     cores: tuple[CoreSite, ...]
     info: ModelInfo
+    latents: tuple[LatentSite, ...] = ()
+    """Attention layers that work through latents, in the order of `info.latents`."""
 
 
 def find_sites(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Sites:
@@ -48,7 +53,12 @@ def find_sites(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Sites:
     if not routers:
         raise ProbeError(_no_router(root))
     cores = _same_stack(cores, routers)
-    return Sites(root=root, routers=tuple(routers), cores=tuple(cores), info=_describe(root, routers, cores))
+    latents = _same_stack(list(find_latents(root)), routers)
+    info = replace(
+        _describe(root, routers, cores),
+        latents=tuple(site.info(block_of(site.name, index)) for index, site in enumerate(latents)),
+    )
+    return Sites(root=root, routers=tuple(routers), cores=tuple(cores), info=info, latents=tuple(latents))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -85,7 +95,7 @@ def _walk(root: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
         yield name, module, modules.get(name.rpartition(".")[0]) if name else None
 
 
-def _same_stack(cores: list[CoreSite], routers: list[RouterSite]) -> list[CoreSite]:
+def _same_stack(cores: list[_S], routers: list[RouterSite]) -> list[_S]:
     """The cores of the stack that holds the routers: a vision tower beside it has blocks of its own."""
     stacks = {_stack(router.name) for router in routers}
     return [core for core in cores if _stack(core.name) in stacks]

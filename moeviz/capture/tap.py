@@ -28,6 +28,7 @@ from moeviz.capture.hooks import (
     hook_router,
     in_backward,
 )
+from moeviz.capture.latent_tap import LatentTap
 from moeviz.capture.micro_batch import MicroBatch, parameter_names, read_call
 from moeviz.capture.reading import AttentionCall, Handle, Observe, ReadRouter
 from moeviz.capture.samples import Sampler, StepSamples
@@ -55,6 +56,9 @@ class Tap:
     def __init__(self, sites: Sites, policy: SamplingPolicy, when: When, on_error: OnError) -> None:
         self._root, self._routers, self._cores = sites.root, sites.routers, sites.cores
         self._attentions = sites.info.attentions
+        self._switch = Switch()
+        self._latents = LatentTap(sites, policy, self._switch, on_error)
+        policy = self._latents.policy
         self._policy, self._when, self._on_error = policy, when, on_error
         self.collector = Collector(group_layers(sites.routers))
         self.sampler = Sampler(policy, _ATTENTION_SEQUENCES if when == "training" else sys.maxsize)
@@ -62,7 +66,6 @@ class Tap:
         """Number of the step in progress; decides what is sampled."""
         self.micro_batch: MicroBatch | None = None
         """The last one that was watched in this step."""
-        self._switch = Switch()
         self._router_slots = [RouterSlot() for _ in sites.routers]
         self._core_slots = [CoreSlot() for _ in sites.cores]
         self._handles: list[Handle] = []
@@ -85,6 +88,8 @@ class Tap:
                         core, self._core_slots[index], self._switch, self._policy.attention_heads, guard_core
                     )
                 )
+
+        self._handles += self._latents.attach()
 
     def detach(self) -> None:
         """Remove every hook and let go of every tensor. The model is as it was."""
@@ -135,6 +140,8 @@ class Tap:
             self._on_error("sampling", error)
         self._switch.rows_N = self.sampler.attention_rows_N
         self._switch.attending = self._switch.rows_N is not None
+        self._switch.latent_rows_N = self.sampler.latent_rows_N
+        self._switch.latents = self._switch.latent_rows_N is not None
         self._switch.awake = True
 
     def _end(self) -> None:
@@ -151,11 +158,12 @@ class Tap:
         for index, slot in enumerate(self._core_slots):
             if slot.call is not None:
                 self._try_maps(index, slot.call)
+        self._latents.collect(self.micro_batch, self.sampler)
         self._clear_slots()
         self.seconds += time.perf_counter() - began
 
     def _sleep(self) -> None:
-        self._switch.awake = self._switch.attending = False
+        self._switch.awake = self._switch.attending = self._switch.latents = False
 
     def _clear_slots(self) -> None:
         self._held = 0
@@ -163,6 +171,7 @@ class Tap:
             slot.reading = None
         for core in self._core_slots:
             core.call = None
+        self._latents.clear()
 
     def _collect(self) -> None:
         """Reduce what the router slots hold, and empty them."""

@@ -12,24 +12,55 @@ import numpy as np
 from moeviz.metrics.load import entropy_nats
 
 
+def spectrum(latents_NC: np.ndarray) -> np.ndarray:
+    """Singular values of the centred latents, largest first: [C], zeros where there are fewer tokens.
+
+    By the eigenvalues of the square, in float64: exact to about 1e-8 of the largest, and much faster where N >> C.
+    """
+    centred_NC = latents_NC.astype(np.float64) - latents_NC.mean(axis=0, dtype=np.float64)
+    return _roots(centred_NC.T @ centred_NC)
+
+
+def _roots(square_CC: np.ndarray) -> np.ndarray:
+    """Square roots of the eigenvalues of X^T X, largest first; what is rounding is 0."""
+    eigenvalues_C = np.linalg.eigvalsh(square_CC)[::-1]
+    rounding = eigenvalues_C[0] * np.finfo(np.float64).eps * len(eigenvalues_C)
+    return np.sqrt(np.where(eigenvalues_C > rounding, eigenvalues_C, 0.0))
+
+
 def participation_ratio(latents_NC: np.ndarray) -> float:
-    """(sum lambda)^2 / sum lambda^2 of the covariance's eigenvalues: 1 to C dimensions."""
-    eigenvalues_C = np.linalg.svd(latents_NC - latents_NC.mean(axis=0), compute_uv=False) ** 2
-    return float(eigenvalues_C.sum() ** 2 / (eigenvalues_C**2).sum())
+    """(sum lambda)^2 / sum lambda^2 of the covariance's eigenvalues: 1 to C dimensions, NaN when all are alike."""
+    eigenvalues_C = spectrum(latents_NC) ** 2
+    total = (eigenvalues_C**2).sum()
+    return float(eigenvalues_C.sum() ** 2 / total) if total > 0 else float("nan")
 
 
 def effective_rank(matrix: np.ndarray) -> float:
     """exp of the entropy of the normalised singular values: 1 to the rank. Roy & Vetterli 2007."""
-    singular = np.linalg.svd(matrix, compute_uv=False)
-    return float(np.exp(entropy_nats(singular / singular.sum())))
+    return _erank(np.linalg.svd(matrix, compute_uv=False))
+
+
+def _erank(singular: np.ndarray) -> float:
+    total = singular.sum()
+    return float(np.exp(entropy_nats(singular / total))) if total > 0 else float("nan")
 
 
 def latent_erank(latents_NC: np.ndarray) -> float:
-    """Effective rank of centred latents: dimensions in use, 1 to C.
+    """Effective rank of centred latents: dimensions in use, 1 to C; NaN when all are alike."""
+    return _erank(spectrum(latents_NC))
 
-    After W_UK or W_UV it counts what is read.
+
+def erank_through(latents_NC: np.ndarray, square_CC: np.ndarray) -> float:
+    """Effective rank of C W^T, the centred latents after an up-projection: dimensions that are read, 1 to C.
+
+    Args:
+        latents_NC: latents.
+        square_CC: W^T W of the up-projection W, of whatever height.
     """
-    return effective_rank(latents_NC - latents_NC.mean(axis=0))
+    centred_NC = latents_NC.astype(np.float64) - latents_NC.mean(axis=0, dtype=np.float64)
+    values_C, vectors_CC = np.linalg.eigh(square_CC.astype(np.float64))
+    through_NC = centred_NC @ (vectors_CC * np.sqrt(np.maximum(values_C, 0)))
+    return _erank(_roots(through_NC.T @ through_NC))
 
 
 def latent_util(latents_NC: np.ndarray) -> float:
@@ -39,7 +70,7 @@ def latent_util(latents_NC: np.ndarray) -> float:
 
 def dims_for_variance(latents_NC: np.ndarray, share: float = 0.9) -> int:
     """Fewest principal dimensions that hold `share` of the variance."""
-    variance_C = np.linalg.svd(latents_NC - latents_NC.mean(axis=0), compute_uv=False) ** 2
+    variance_C = spectrum(latents_NC) ** 2
     return int(np.searchsorted(np.cumsum(variance_C) / variance_C.sum(), share - 1e-12) + 1)
 
 
@@ -55,6 +86,11 @@ def slot_mass(write_SM: np.ndarray) -> np.ndarray:
     The load of a latent slot.
     """
     return write_SM.mean(axis=-2)
+
+
+def slot_share(write_SM: np.ndarray) -> np.ndarray:
+    """Part of a token's attention that goes to slots, mean over tokens: 0 to 1. Leading shape."""
+    return write_SM.sum(axis=-1).mean(axis=-1)
 
 
 def slot_n_eff(write_SM: np.ndarray) -> np.ndarray:
@@ -74,6 +110,11 @@ def read_entropy(read_MS: np.ndarray) -> np.ndarray:
     Leading shape.
     """
     return entropy_nats(read_MS).mean(axis=-1) / np.log(read_MS.shape[-1])
+
+
+def slot_read_entropy(read_SM: np.ndarray) -> np.ndarray:
+    """Entropy of each slot's view of S tokens / ln S, `[..., M]`; the mean over slots is `read_entropy`."""
+    return entropy_nats(np.swapaxes(read_SM, -1, -2)) / np.log(read_SM.shape[-2])
 
 
 def write_entropy(write_SM: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from moeviz.records import (
     AnalysisRecord,
     AttentionRecord,
     EventRecord,
+    LatentRecord,
     LoadRecord,
     MetricRecord,
     Record,
@@ -154,6 +155,44 @@ def _(record: AttentionRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows
         },
         1,
     )
+
+
+@encode.register
+def _(record: LatentRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    num, rows, cols = record.grid_XSC.shape
+    if rows == 0:
+        return
+    grid_XSC = np.nan_to_num(np.asarray(record.grid_XSC, dtype=np.float32), posinf=0.0, neginf=0.0)
+    lo_X, hi_X = grid_XSC.min(axis=(1, 2)), grid_XSC.max(axis=(1, 2))
+    span_X = np.where(hi_X > lo_X, hi_X - lo_X, 1)
+    codes = np.rint((grid_XSC - lo_X[:, None, None]) * (255 / span_X)[:, None, None]).astype(np.uint8)
+    columns: dict[str, Any] = {
+        name: [getattr(record, name)] * num
+        for name in ("step", "rank", "layer", "name", "tokens", "seq", "length")
+    }
+    columns |= {
+        "head": list(record.heads) if record.heads else [None] * num,
+        "rows": [rows] * num,
+        "cols": [cols] * num,
+        "singular": [row.tolist() for row in np.asarray(record.singular_XR, dtype=np.float32)],
+        "profile": [row.tolist() for row in np.asarray(record.profile_XC, dtype=np.float32)],
+        "lo": lo_X,
+        "hi": hi_X,
+        "grid": _lists(codes.reshape(-1), np.arange(num + 1) * rows * cols),
+    }
+    yield _rows("latents", columns, num)
+    if record.rank == 0 and record.values:  # what other ranks saw differs by sampling alone
+        values = list(record.values.values())
+        yield _rows(
+            "metrics",
+            {
+                "step": [record.step] * len(values),
+                "layer": [record.layer] * len(values),
+                "name": list(record.values),
+                "value": values,
+            },
+            len(values),
+        )
 
 
 @encode.register

@@ -7,6 +7,14 @@ from __future__ import annotations
 
 from moeviz.store.queries_analysis import analysis
 from moeviz.store.queries_around import alerts_around, metrics_around, scalars_around
+from moeviz.store.queries_latents import (
+    LatentArrays,
+    latent_arrays,
+    latent_index,
+    latent_metrics,
+    latent_profiles,
+    latent_spectra,
+)
 from moeviz.store.queries_loads import last_step, load_history, load_matrix, load_over_time, step_range
 from moeviz.store.queries_paths import coactivation, expert_tokens, transitions
 from moeviz.store.queries_runs import end_status, has_ended, list_runs, run_state, step_rhythm
@@ -31,6 +39,7 @@ from moeviz.store.queries_tokens import (
 )
 
 __all__ = [
+    "LatentArrays",
     "TraceArrays",
     "alert_records",
     "alert_transitions",
@@ -46,6 +55,11 @@ __all__ = [
     "expert_tokens",
     "has_ended",
     "last_step",
+    "latent_arrays",
+    "latent_index",
+    "latent_metrics",
+    "latent_profiles",
+    "latent_spectra",
     "list_runs",
     "load_history",
     "load_matrix",

@@ -31,7 +31,7 @@ from moeviz.store.schema import TABLES, segment_schema
 from moeviz.store.segments import segment_names, sync_folder, write_segment
 
 SAMPLED = tuple(name for name, table in TABLES.items() if table.sampled)
-"""Tables that `drop_samples` empties: routing, sequences, attention, latent."""
+"""Tables that `drop_samples` empties: routing, sequences, attention, latents."""
 
 _ELSEWHERE_SECONDS = 86_400.0
 """Silence after which a run of another machine that did not say it ended counts as dead: the first step of a large

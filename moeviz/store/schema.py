@@ -150,22 +150,33 @@ ATTENTION = Table(
     sampled=True,
 )
 
-LATENT = Table(
-    "latent",
-    "Spectra and images of latent attention vectors.",
+LATENTS = Table(
+    "latents",
+    "Latents of attention: spectra, profiles and a picture of one sequence. Their other numbers are in metrics.",
     (
         _STEP,
+        _RANK,
         Column("layer", _U16, "index of the attention core: the transformer block"),
-        Column("name", _TEXT, "which latent"),
-        Column("rows", _I32, "rows of the grid"),
-        Column("cols", _I32, "columns of the grid"),
+        Column("name", _TEXT, "kv, q: compressed vectors (MLA); read, write: the two stages of slots"),
+        Column("head", _U16, "key head of read, query head of write; NULL for what all heads share"),
+        Column("tokens", _I32, "tokens behind profile and behind the values in metrics"),
+        _SEQ,
+        Column("length", _I32, "tokens of that sequence behind the rows of the grid"),
+        Column("rows", _I32, "rows of the grid: tokens in order, or blocks of them"),
+        Column("cols", _I32, "columns of the grid: numbers of a latent, or slots"),
         Column("singular", _list(_F32), "singular values, largest first"),
+        Column(
+            "profile",
+            _list(_F32),
+            "kv, q: standard deviation of each number; read: entropy / ln S of each slot; write: mass of each slot",
+        ),
         Column("lo", _F32, "value of code 0"),
         Column("hi", _F32, "value of code 255"),
         Column("grid", _list(_U8), "rows x cols codes, row by row"),
     ),
-    ("layer", "step", "name"),
+    ("layer", "step", "name", "head"),
     sampled=True,
+    on_request=True,
 )
 
 METRICS = Table(
@@ -173,7 +184,9 @@ METRICS = Table(
     "Derived values of a step.",
     (
         _STEP,
-        Column("layer", _U16, "MoE layer; NULL for a value of the whole run"),
+        Column(
+            "layer", _U16, "MoE layer; of latents the transformer block; NULL for a value of the whole run"
+        ),
         Column("name", _TEXT, "name of the metric"),
         Column("value", _F64, "its value"),
     ),
@@ -244,7 +257,7 @@ TABLES: dict[str, Table] = {
         ROUTING,
         SEQUENCES,
         ATTENTION,
-        LATENT,
+        LATENTS,
         METRICS,
         SCALARS,
         ALERTS,
