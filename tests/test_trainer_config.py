@@ -34,6 +34,7 @@ TRAINER_FLAGS = """
 --schedule --warmup-steps --min-lr-ratio --decay-share --lr-steps
 --balance --aux-coef --z-coef --bias-step
 --route-every --route-sequences --attention-every --attention-heads --attention-size
+--latent-every --latent-layers --latent-tokens
 --alert-thresholds --circulating-rules --on-alert-command --on-alert-url --alert-min-severity
 --eval-every --eval-sequences --save-every --keep-checkpoints
 --engine --zero-stage --dtype --device --threads
