@@ -8,6 +8,7 @@ import torch
 
 from moeviz.capture.reading import Reading
 from moeviz.capture.reduce import TOKEN_SUMS, RoutingSums, scores_of, stack, sum_decisions
+from moeviz.capture.workspace import Workspace
 from moeviz.metrics import decision
 from moeviz.records import ScoreFunction
 
@@ -48,6 +49,7 @@ def by_loop(
         sums["entropy_nats"] -= (p_E * np.log(p_E)).sum()
         sums["lse_squared"] += np.log(np.exp(z_E).sum()) ** 2
         sums["confidence"] += p_E.max()
+        sums["logit_squared"] += np.square(z_E).mean()
         others = [expert for expert in range(E) if expert not in ids_K]
         sums["margin"] += rank_E[ids_K].min() - rank_E[others].max()
     return sums
@@ -66,13 +68,24 @@ def named(sums: RoutingSums, layer: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_sums_equal_a_loop_over_tokens(score: ScoreFunction, biased: bool, padded: bool) -> None:
+@pytest.mark.parametrize("block", [1, 2 * E, 2 * T * E, 2**17])
+def test_sums_equal_a_loop_over_tokens(
+    score: ScoreFunction, biased: bool, padded: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the tables are cut: a token, two tokens, two layers at a time, everything at once."""
+    monkeypatch.setattr("moeviz.capture.reduce._BLOCK_CPU", block)
+    workspace = Workspace()
+    sum_decisions(
+        stack(readings(score, None, seed=9), workspace), score, workspace=workspace
+    )  # leaves its traces
     bias_LE = torch.randn(L, E, generator=torch.Generator().manual_seed(1)) if biased else None
     valid_T = torch.ones(T, dtype=torch.bool)
     if padded:
         valid_T[[0, 4, 9, 10]] = False
     found = readings(score, bias_LE)
-    sums = sum_decisions(stack(found), score, bias_LE, valid_T if padded else None)
+    sums = sum_decisions(
+        stack(found), score, bias_LE, valid_T if padded else None, logit_squared=True, workspace=workspace
+    )
     for layer, reading in enumerate(found):
         truth = by_loop(reading, score, None if bias_LE is None else bias_LE[layer], valid_T)
         for name, value in named(sums, layer).items():
@@ -94,7 +107,34 @@ def test_micro_batches_add_up(cut: int) -> None:
         for span in (slice(0, cut), slice(cut, T))
     ]
     for together, first, second in zip(whole, *parts, strict=True):
-        torch.testing.assert_close(together, first + second)
+        torch.testing.assert_close(together, first + second, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_logits_of_another_type_are_summed_in_float32(dtype: torch.dtype) -> None:
+    found = [reading._replace(logits_TE=reading.logits_TE.to(dtype)) for reading in readings("softmax", None)]
+    same = [reading._replace(logits_TE=reading.logits_TE.float()) for reading in found]
+    for mine, its in zip(*(sum_decisions(stack(r), "softmax") for r in (found, same)), strict=True):
+        torch.testing.assert_close(mine, its, equal_nan=True, rtol=0, atol=0)
+
+
+def test_reducing_leaves_the_models_tensors_alone() -> None:
+    found, workspace = readings("sigmoid", None), Workspace()
+    before = [[part.clone() for part in reading[:3]] for reading in found]
+    sum_decisions(stack(found, workspace), "sigmoid", torch.ones(L, E), workspace=workspace)
+    for reading, parts in zip(found, before, strict=True):
+        assert all(map(torch.equal, reading[:3], parts))
+
+
+def test_sums_stand_when_the_workspace_is_used_again() -> None:
+    workspace = Workspace()
+    sums = sum_decisions(stack(readings("softmax", None), workspace), "softmax", workspace=workspace)
+    kept = [part.clone() for part in sums]
+    with torch.inference_mode():
+        sum_decisions(stack(readings("softmax", None, seed=5), workspace), "softmax", workspace=workspace)
+    sum_decisions(stack(readings("softmax", None, seed=6), workspace), "softmax", workspace=workspace)
+    for mine, its in zip(sums, kept, strict=True):
+        torch.testing.assert_close(mine, its, equal_nan=True, rtol=0, atol=0)
 
 
 def test_uniform_router_has_entropy_log_e_and_no_margin() -> None:
@@ -118,17 +158,18 @@ def test_padding_that_holds_nan_changes_nothing() -> None:
     found = readings("softmax", None)
     valid_T = torch.ones(T, dtype=torch.bool)
     valid_T[3] = False
-    clean = sum_decisions(stack(found), "softmax", valid_T=valid_T)
+    clean = sum_decisions(stack(found), "softmax", valid_T=valid_T, logit_squared=True)
     for reading in found:
         reading.logits_TE[3] = float("nan")
         reading.weights_TK[3] = float("nan")
-    assert all(map(torch.equal, clean, sum_decisions(stack(found), "softmax", valid_T=valid_T)))
+    dirty = sum_decisions(stack(found), "softmax", valid_T=valid_T, logit_squared=True)
+    assert all(map(torch.equal, clean, dirty))
 
 
 def test_all_experts_selected_or_unranked_has_no_margin() -> None:
     everyone = Reading(torch.randn(T, K), torch.ones(T, K), torch.arange(K).expand(T, K))
     assert torch.isnan(sum_decisions(stack([everyone]), "softmax").token_sums_NL[-1]).all()
-    sums = sum_decisions(stack(readings("softmax", None)), "softmax", ranked=False)
+    sums = sum_decisions(stack(readings("softmax", None)), "softmax", ranked=False, logit_squared=True)
     assert torch.isnan(sums.token_sums_NL[-1]).all()
     assert not torch.isnan(sums.token_sums_NL[:-1]).any()
 

@@ -236,6 +236,29 @@ def test_token_rows_are_the_models_choices_without_padding() -> None:
             np.testing.assert_array_equal(rows.weights_LNSK[layer, n, :length], weights_SK.numpy())
 
 
+@pytest.mark.parametrize("selection_bias", [False, True])
+def test_the_size_of_logits_is_summed_where_a_bias_is_added_to_them(selection_bias: bool) -> None:
+    router = RouterConfig(score="softmax_topk", selection_bias=selection_bias)
+    model, sink = small_model(router=router), Kept()
+    kept: list[Tensor] = []
+    for block in model.model.layers[1:]:
+        block.mlp.gate.register_forward_hook(lambda module, args, out: kept.append(out.logits_TE.detach()))
+    (batch,) = next(batches(1, 1, padded=True))
+    assert batch.mask_BS is not None
+    with attach(model, sink, policy=EVERYTHING) as probe:
+        loss_of(model, batch)
+        probe.step()
+    (load,), (rows,) = sink.of(LoadRecord), sink.of(TokenRoutingRecord)
+    assert ("logit_squared" in load.token_sums) == selection_bias
+    for layer, logits_TE in enumerate(kept if selection_bias else ()):
+        valid_TE = logits_TE[batch.mask_BS.bool().flatten()].double()
+        assert load.token_sums["logit_squared"][layer] == pytest.approx(float((valid_TE**2).mean(-1).sum()))
+        bias_E = torch.from_numpy(load.bias_LE[layer, :6])
+        ranking_S = (logits_TE.view(3, 9, 6) + bias_E)[0, :5]
+        ids_SK = torch.from_numpy(rows.experts_LNSK[layer, 0, :5].astype(np.int64))
+        assert (ranking_S.gather(-1, ids_SK).diff(dim=-1) <= 0).all(), "slots fall by the logit with its bias"
+
+
 def test_sequences_of_micro_batches_of_different_size_keep_their_own_number() -> None:
     model, sink = small_model(), Kept()
     with attach(model, sink, policy=EVERYTHING) as probe:

@@ -18,6 +18,8 @@ from moeviz.records import LoadRecord, ModelInfo
 
 _GROWTH_SAMPLES = 64
 """Points kept of each layer's z-loss within the window in which growth is judged."""
+_NOT_OF_EVERY_LAYER = ("margin", "logit_squared")
+"""Sums over tokens that mean nothing for some routers, and are NaN there in a model that mixes kinds."""
 
 
 class RouterRules:
@@ -166,7 +168,7 @@ class RouterRules:
         for table_LE in (record.prob_sum_LE, record.weight_sum_LE, record.bias_LE):
             # A row's sum is finite unless an entry is not: one pass instead of three.
             bad_L += 0 if table_LE is None else ~np.isfinite(table_LE.sum(axis=-1))
-        for total_L in record.token_sums.values():
-            bad_L += ~np.isfinite(total_L)
+        for name, total_L in record.token_sums.items():
+            bad_L += 0 if name in _NOT_OF_EVERY_LAYER else ~np.isfinite(total_L)
         everywhere_L, zero_L = np.ones(self._num_layers, dtype=bool), np.zeros(self._num_layers)
         return Reading("NONFINITE", bad_L > 0, ~everywhere_L, everywhere_L, bad_L, zero_L)

@@ -1,7 +1,7 @@
 """Between the hooks and the end of a step: reduces what the slots hold after each forward, and adds it up.
 
-Layers that share E, K and score function are stacked and reduced together, in chunks that fit a cache: a
-dozen kernels for all layers instead of a dozen per layer.
+Layers that share E, K and score function are reduced together: a dozen kernels for all layers instead of a
+dozen per layer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from moeviz.capture.reading import Reading, RouterSite
 from moeviz.capture.reduce import Decisions, RoutingSums, stack, sum_decisions
 from moeviz.capture.sampling import cut_rows, selection_scores
 from moeviz.capture.scoring import is_ordered, is_ranked, score_of
+from moeviz.capture.workspace import Workspace
 from moeviz.records import ScoreFunction
 
-_CHUNK_CPU = 2**17
-_CHUNK_DEVICE = 2**24
-"""Scores (L x T x E) reduced at a time: a CPU's cache holds the first number, 16 million keep an accelerator busy."""
+_CHUNK = 2**24
+"""Scores (L x T x E) of the layers reduced together at most: it bounds the memory to work in."""
 
 
 @dataclass(eq=False)
@@ -46,6 +46,11 @@ class LayerGroup:
     @property
     def top_k(self) -> int:
         return self.sites[0].top_k
+
+    @property
+    def sums_squares(self) -> bool:
+        """Whether the bias is added to logits: then their size says how much it weighs."""
+        return self.has_bias and self.score == "softmax_topk"
 
     def bias(self, first: int = 0, stop: int | None = None) -> Tensor | None:
         """Selection biases as they are now, float32 [L, E], or None where the routers have none."""
@@ -119,6 +124,7 @@ class Collector:
     def __init__(self, groups: Sequence[LayerGroup]) -> None:
         self.groups = groups
         self.step = StepSums()
+        self._workspace = Workspace()
 
     def take(self) -> StepSums:
         """The sums of the step, and a fresh start."""
@@ -157,8 +163,7 @@ class Collector:
         for _, run in neighbours:
             places = [place for _, place in run]
             logits_TE = found[places[0]].logits_TE
-            budget = _CHUNK_CPU if logits_TE.device.type == "cpu" else _CHUNK_DEVICE
-            size = max(1, budget // max(1, logits_TE.numel()))
+            size = max(1, _CHUNK // max(1, logits_TE.numel()))
             for start in range(0, len(places), size):
                 yield places[start], [found[place] for place in places[start : start + size]]
 
@@ -166,17 +171,19 @@ class Collector:
         self, index: int, first: int, run: list[Reading], micro_batch: MicroBatch, rows_N: Tensor | None
     ) -> None:
         group, stop = self.groups[index], first + len(run)
-        decisions, bias_LE = stack(run), group.bias(first, stop)
+        decisions, bias_LE = stack(run, self._workspace), group.bias(first, stop)
         if not group.checked:
             group.score = score_of(decisions, group.score)
             group.ranked = group.ranked and is_ranked(decisions, group.score, bias_LE)
             group.ordered = is_ordered(decisions, group.score, bias_LE)
             group.checked = True
-        whole = decisions.logits_LTE.shape[1] == micro_batch.num_tokens
+        whole = len(decisions.logits[0]) == micro_batch.num_tokens
         valid_T = micro_batch.valid_T if whole else None
         if valid_T is not None:
-            valid_T = valid_T.to(decisions.logits_LTE.device)
-        sums = sum_decisions(decisions, group.score, bias_LE, valid_T, group.ranked)
+            valid_T = valid_T.to(decisions.weights_LTK.device)
+        sums = sum_decisions(
+            decisions, group.score, bias_LE, valid_T, group.ranked, group.sums_squares, self._workspace
+        )
         self._accumulate(index, first, stop, sums)
         self.step.layers_seen.update(group.layers[first:stop])
         self.step.dropless = self.step.dropless and decisions.dropped_LTK is None
@@ -214,7 +221,7 @@ class Collector:
         rows_N: Tensor,
     ) -> None:
         shape = (micro_batch.batch_size, micro_batch.length)
-        rows_N = rows_N.to(decisions.logits_LTE.device)
+        rows_N = rows_N.to(decisions.weights_LTK.device)
         rank_LTK = None if group.ordered else selection_scores(decisions, group.score, bias_LE)
         experts, weights = cut_rows(decisions, rows_N, shape, rank_LTK)
         self.step.routing.append(RoutingPiece(group.layers[first:stop], micro_batch.index, experts, weights))

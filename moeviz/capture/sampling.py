@@ -49,6 +49,8 @@ def selection_scores(decisions: Decisions, score: ScoreFunction, bias_LE: Tensor
         return decisions.logits_LTE.gather(-1, ids_LTK)
     if score == "sigmoid":
         chosen_LTK = decisions.logits_LTE.gather(-1, ids_LTK).sigmoid()
+    elif score == "softmax_topk":  # ranks by logits, and its bias is in their units
+        chosen_LTK = decisions.logits_LTE.gather(-1, ids_LTK)
     else:
         chosen_LTK = decisions.logits_LTE.softmax(-1).gather(-1, ids_LTK)
     return chosen_LTK + bias_LE[:, None, :].expand(-1, ids_LTK.shape[1], -1).gather(-1, ids_LTK)
