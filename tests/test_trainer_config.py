@@ -19,6 +19,7 @@ from trainer.config import (
     CheckpointConfig,
     EngineConfig,
     EvaluationConfig,
+    GuardConfig,
     InputConfig,
     OptimConfig,
     ScheduleConfig,
@@ -30,14 +31,15 @@ TRAINER_FLAGS = """
 --preset --run --resume --max-steps --max-minutes --seed --log-routing --log-every
 --train-data --val-data --tokenizer --validation-fraction --bytes-per-domain --domain-weights
 --seq-len --batch-size --gradient-accumulation-steps
---learning-rate --weight-decay --beta1 --beta2 --adam-eps --grad-clip
+--optimizer --learning-rate --weight-decay --beta1 --beta2 --adam-eps --grad-clip --expert-grad-every
 --schedule --warmup-steps --min-lr-ratio --decay-share --lr-steps
---balance --aux-coef --z-coef --bias-step
+--balance --aux-coef --z-coef --bias-step --orthogonality-coef --contrastive-coef
 --route-every --route-sequences --attention-every --attention-heads --attention-size
 --latent-every --latent-layers --latent-tokens
 --alert-thresholds --circulating-rules --on-alert-command --on-alert-url --alert-min-severity
 --eval-every --eval-sequences --save-every --keep-checkpoints
---engine --zero-stage --dtype --device --threads
+--max-bad-steps
+--engine --zero-stage --dtype --auto-batch --gradient-checkpointing --device --threads
 """
 
 
@@ -104,6 +106,17 @@ def test_a_field_of_another_version_is_refused() -> None:
         (lambda: AlertingConfig(on_alert_url="localhost"), "no address"),
         (lambda: AlertingConfig(on_alert_command=""), "is empty"),
         (lambda: EngineConfig(threads=0), "threads=0 is below 1"),
+        (lambda: GuardConfig(max_bad_steps=-1), "max_bad_steps=-1 is negative"),
+        (
+            lambda: TrainConfig(optim=OptimConfig(optimizer="schedulefree")),
+            "schedule=cosine lowers the rate twice; add --schedule constant",
+        ),
+        (
+            lambda: TrainConfig(
+                optim=OptimConfig(optimizer="muon"), engine=EngineConfig(engine="deepspeed", zero_stage=2)
+            ),
+            "zero_stage=2 keeps flat shares of them; use --engine torch or --zero-stage 0",
+        ),
         (lambda: EngineConfig(engine="deepspeed", dtype="bf16", zero_stage=0), "use zero_stage=1"),
         (lambda: TrainConfig(max_steps=0), "max_steps=0 is below 1"),
     ],

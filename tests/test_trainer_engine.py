@@ -61,10 +61,12 @@ def steps(engine: Engine, config: TrainConfig, first: int, last: int) -> list[tu
         loss, counts_LE = 0.0, torch.zeros(2, 4, dtype=torch.int64)
         for micro_batch in range(MICRO):
             output = engine.forward(*batch_of(step, micro_batch))
-            engine.backward(training_loss(output, config.balance))
+            engine.backward(
+                training_loss(output, config.balance), share=1 / MICRO, last=micro_batch == MICRO - 1
+            )
             loss += output.ce.item() / MICRO  # type: ignore[union-attr]
             counts_LE += output.expert_counts_LE
-        norm = engine.step(1e-2)
+        norm = engine.step(1e-2).grad_norm
         move_bias(engine.module, engine.sum_ranks(counts_LE), config.balance)
         told.append((loss, norm))
     return told
@@ -80,13 +82,17 @@ def test_micro_batches_add_up_to_one_large_batch() -> None:
     config, whole = config_of(clip=0.0), config_of(clip=0.0)
     engine, model = engine_of(config), engine_of(whole).module
     for micro_batch in range(MICRO):
-        engine.backward(engine.forward(*batch_of(0, micro_batch)).ce)  # type: ignore[arg-type]
+        engine.backward(
+            engine.forward(*batch_of(0, micro_batch)).ce,  # type: ignore[arg-type]
+            share=1 / MICRO,
+            last=micro_batch == MICRO - 1,
+        )
     inputs, labels = (torch.cat(parts) for parts in zip(*(batch_of(0, m) for m in range(MICRO)), strict=True))
     model(inputs, labels).ce.backward()
     for (name, ours), theirs in zip(engine.module.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name, rtol=1e-4, atol=1e-7)
     norm = math.sqrt(sum(float(weight.grad.square().sum()) for weight in model.parameters()))  # type: ignore[union-attr]
-    assert engine.step(1e-3) == pytest.approx(norm, rel=1e-5)
+    assert engine.step(1e-3).grad_norm == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("engine_name", ["torch", "deepspeed"])
@@ -97,8 +103,12 @@ def test_a_gradient_longer_than_the_limit_is_scaled_down_to_it(engine_name: str)
     config = config_of(engine_name, clip=limit)
     engine = engine_of(config)
     for micro_batch in range(MICRO):
-        engine.backward(engine.forward(*batch_of(0, micro_batch)).ce)  # type: ignore[arg-type]
-    assert engine.step(1e-2) > 10 * limit, "the norm is told as it was before clipping"
+        engine.backward(
+            engine.forward(*batch_of(0, micro_batch)).ce,  # type: ignore[arg-type]
+            share=1 / MICRO,
+            last=micro_batch == MICRO - 1,
+        )
+    assert engine.step(1e-2).grad_norm > 10 * limit, "the norm is told as it was before clipping"
     moments = [state["exp_avg"] for state in engine._optimizer.state.values()]  # type: ignore[attr-defined]
     length = math.sqrt(sum(float(moment.square().sum()) for moment in moments))
     assert length == pytest.approx((1 - config.optim.beta1) * limit, rel=1e-3)

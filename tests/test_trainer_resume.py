@@ -73,6 +73,50 @@ def test_resuming_is_going_on(engine: str, stage: int, dtype: str, tmp_path: Pat
     assert all(value.abs().max() > 0 for value in bias)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [("muon", "fp32"), ("schedulefree", "fp32"), ("schedulefree", "bf16")]
+)
+def test_every_optimizer_goes_on_where_it_was(
+    optimizer: str, dtype: str, tmp_path: Path, no_packing: None
+) -> None:
+    if optimizer == "schedulefree":
+        pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    parts = {
+        "optim": {"optimizer": optimizer},
+        "schedule": {"schedule": "constant"},
+        "engine": {"dtype": dtype},
+    }
+    whole = train(toy(tmp_path / "whole", **parts))
+    config = toy(tmp_path / "stopped", **parts)
+    first = train_and_stop(config, after=3)
+    second = train(replace(config, run=None, resume=str(config.run)))
+    assert first.losses + second.losses == whole.losses
+    assert_same_weights(whole.checkpoint, second.checkpoint)
+    assert second.evaluations[6] == whole.evaluations[6]
+    assert min(whole.losses) < whole.losses[0]
+
+
+def test_schedule_free_evaluates_and_saves_the_average_it_trains_towards(
+    tmp_path: Path, no_packing: None
+) -> None:
+    """The checkpoint's weights are the library's own average of the ones it keeps for training."""
+    pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    config = toy(tmp_path / "run", optim={"optimizer": "schedulefree"}, schedule={"schedule": "constant"})
+    result = train(config)
+    averaged = weights_of(result.checkpoint)
+    assert result.checkpoint is not None
+    state = torch.load(result.checkpoint / "optimizer.pt", weights_only=True)
+    name = "model.layers.0.mlp.experts.down_proj"
+    trained = state["trained"][name]
+    assert not torch.equal(averaged[name], trained)
+    index = [key for key, value in state["optimizer"]["state"].items() if value["z"].shape == trained.shape]
+    moved = [state["optimizer"]["state"][key]["z"] for key in index]
+    beta = config.optim.beta1
+    # y = (1 - beta) z + beta x, so x = y + (1 - 1 / beta) (z - y)
+    candidates = [trained + (1 - 1 / beta) * (z - trained) for z in moved]
+    assert any(torch.allclose(averaged[name], each, atol=1e-6) for each in candidates)
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_result_is_the_same(
     tmp_path: Path, no_packing: None
 ) -> None:

@@ -21,10 +21,12 @@ from trainer.checkpoint import Checkpoint, restore
 from trainer.checkpoint_folder import list_checkpoints, set_aside_after
 from trainer.config import TrainConfig
 from trainer.engine import Engine, build_engine, set_threads
+from trainer.micro_batches import largest_that_fits
 from trainer.progress import Progress
 from trainer.recorder import Recorder, open_recorder
 from trainer.resume import CHECKPOINTS, check_resumable, find_checkpoint, run_of
 from trainer.schedule import LearningRate, learning_rate_of
+from trainer.standing import Standing
 from trainer.text import Text, open_text
 
 
@@ -42,6 +44,8 @@ class Assembly:
     """Who is told about alerts besides the terminal."""
     first_step: int
     """Steps that a resumed run has behind it."""
+    standing: Standing
+    """What guards and interventions remember."""
 
     @property
     def checkpoints(self) -> Path:
@@ -89,22 +93,25 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
         for notifier in notifiers:
             notifier(alert)
 
+    standing = Standing.load(found.path) if found else Standing()
+    chosen = config.engine.auto_batch and standing.micro_batch is None
+    if chosen:
+        standing.micro_batch = largest_that_fits(engine, text, config)
+    recorder = open_recorder(config, run, engine, text, first_step if found else None, on_alert)
+    if chosen:
+        recorder.event(
+            "micro_batch", step=first_step, sequences=standing.micro_batch, reason="largest that fits"
+        )
     return Assembly(
         config=config,
         run=run,
         engine=engine,
         text=text,
         learning_rate=learning_rate_of(config, config.data.tokens_per_step * engine.world_size),
-        recorder=open_recorder(
-            config,
-            run,
-            engine,
-            text,
-            first_step if found else None,
-            on_alert,
-        ),
+        recorder=recorder,
         notifiers=notifiers,
         first_step=first_step,
+        standing=standing,
     )
 
 

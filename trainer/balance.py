@@ -18,7 +18,8 @@ from trainer.config import BalanceConfig
 def training_loss(output: ModelOutput, config: BalanceConfig) -> Tensor:
     """Cross-entropy plus weighted auxiliary losses, summed over layers. Scalar, nats.
 
-    A model without experts has no auxiliary losses and trains on cross-entropy alone.
+    SimBal's and the contrastive loss are there where the model has them. A model without experts has no
+    auxiliary losses and trains on cross-entropy alone.
     """
     assert output.ce is not None, "a training loss needs labels"
     loss = output.ce
@@ -26,6 +27,10 @@ def training_loss(output: ModelOutput, config: BalanceConfig) -> Tensor:
         loss = loss + config.aux_coef * output.aux["balance"].sum()
     if config.z_coef and output.aux["z"].numel():
         loss = loss + config.z_coef * output.aux["z"].sum()
+    if config.orthogonality_coef and "orthogonality" in output.aux:
+        loss = loss + config.orthogonality_coef * output.aux["orthogonality"].sum()
+    if config.contrastive_coef and "contrastive" in output.aux:
+        loss = loss + config.contrastive_coef * output.aux["contrastive"]
     return loss
 
 

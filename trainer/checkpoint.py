@@ -6,6 +6,7 @@
       tokenizer.json      the run's tokenizer
       optimizer.pt | deepspeed/   the engine's state
       rng-RANK.pt         random number generators
+      standing.json       what guards and interventions remember
       manifest.json       size and sha256 of every file above
 
 A folder describes itself: `load_checkpoint` needs nothing else. Batches are a pure function of the step, so
@@ -32,6 +33,7 @@ from moeviz.errors import MoevizError
 from trainer.checkpoint_folder import commit, discard, prepare, verify
 from trainer.config import TrainConfig
 from trainer.engine import Engine
+from trainer.standing import Standing
 from trainer.text import Text
 from trainer.tokenizer import Tokenizer, load_tokenizer
 
@@ -74,7 +76,9 @@ class LoadedCheckpoint(NamedTuple):
     step: int
 
 
-def save_checkpoint(folder: Path, *, step: int, config: TrainConfig, engine: Engine, text: Text) -> Path:
+def save_checkpoint(
+    folder: Path, *, step: int, config: TrainConfig, engine: Engine, text: Text, standing: Standing
+) -> Path:
     """Write `folder`/step-N, every rank its part. Returns the finished folder.
 
     Raises:
@@ -85,7 +89,7 @@ def save_checkpoint(folder: Path, *, step: int, config: TrainConfig, engine: Eng
     weights = engine.weights()
     try:
         _on_every_rank(engine, lambda: prepare(work) if first else None)
-        _on_every_rank(engine, lambda: _write(work, step, config, engine, text, weights))
+        _on_every_rank(engine, lambda: _write(work, step, config, engine, text, weights, standing))
         _on_every_rank(engine, lambda: commit(work, done) if first else None)
     except SaveError as error:
         if first:
@@ -147,13 +151,20 @@ def restore(found: Checkpoint, engine: Engine) -> None:
 
 
 def _write(
-    work: Path, step: int, config: TrainConfig, engine: Engine, text: Text, weights: Mapping[str, Tensor]
+    work: Path,
+    step: int,
+    config: TrainConfig,
+    engine: Engine,
+    text: Text,
+    weights: Mapping[str, Tensor],
+    standing: Standing,
 ) -> None:
     """This rank's files; what all ranks share is the first one's."""
     engine.save_state(work)
     torch.save(_random_states(engine), work / f"rng-{engine.rank}.pt")
     if engine.rank > 0:
         return
+    standing.save(work)
     model_config = engine.module.config
     save_file(_without_tied(weights, model_config), work / WEIGHTS_FILE)
     if text.tokenizer is not None:

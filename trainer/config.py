@@ -66,8 +66,11 @@ class InputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+    """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101), or another one beside it."""
 
+    optimizer: Literal["adamw", "muon", "schedulefree"] = "adamw"
+    """adamw; muon: for the matrices inside of blocks, each expert's its own, AdamW for the rest; schedulefree: AdamW
+    that averages its weights instead of lowering its rate (needs that library, and --schedule constant)."""
     learning_rate: float = 1e-3
     """Peak learning rate, after the warm-up."""
     weight_decay: float = 0.1
@@ -80,11 +83,13 @@ class OptimConfig:
     """Added to the root of that mean."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient, longer ones are scaled down to it. 0: no clipping."""
+    expert_grad_every: int = 0
+    """Record the gradient norm of every expert each n steps, as expert_grad_norm/LAYER/EXPERT. 0: never."""
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
         _require(rate > 0, f"learning_rate={rate}", "is not positive; 1e-3 is a start")
-        for name in ("weight_decay", "grad_clip"):
+        for name in ("weight_decay", "grad_clip", "expert_grad_every"):
             value = getattr(self, name)
             _require(value >= 0, f"{name}={value}", "is negative; 0 switches it off")
         for name in ("beta1", "beta2"):
@@ -131,9 +136,13 @@ class BalanceConfig:
     """Weight of the router z-loss, the mean squared logsumexp of the router's logits. 0 switches it off."""
     bias_step: float = 1e-3
     """How far an expert's bias moves after a step (balance=bias)."""
+    orthogonality_coef: float = 0.1
+    """Weight of SimBal's loss on the router's rows, for a model with --orthogonality."""
+    contrastive_coef: float = 0.1
+    """Weight of the contrastive loss, for a model with --contrastive-width; sequences of one domain belong together."""
 
     def __post_init__(self) -> None:
-        for name in ("aux_coef", "z_coef", "bias_step"):
+        for name in ("aux_coef", "z_coef", "bias_step", "orthogonality_coef", "contrastive_coef"):
             value = getattr(self, name)
             _require(value >= 0, f"{name}={value}", "is negative; 0 switches it off")
 
@@ -206,8 +215,25 @@ class EngineConfig:
     """Plain torch, or DeepSpeed with the ZeRO stage below."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed divides among ranks: nothing, optimizer state, gradients too, weights too."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of weights and activations; bf16 keeps fp32 master weights and an fp32 router."""
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What keeps a bad step from spoiling a run."""
+
+    max_bad_steps: int = 3
+    """Steps in a row that may be skipped because loss or gradient is not a number, before training stops."""
+
+    def __post_init__(self) -> None:
+        bad = self.max_bad_steps
+        _require(bad >= 0, f"max_bad_steps={bad}", "is negative; 0 stops at the first bad step")
+
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of weights and activations; bf16 and fp16 keep fp32 master weights and an fp32 router."""
+    auto_batch: bool = False
+    """Choose the largest micro-batch that memory holds, at first and whenever it runs out. A step stays
+    batch_size x gradient_accumulation_steps sequences."""
+    gradient_checkpointing: bool = False
+    """Keep one activation of each block and recompute the rest: less memory, about a third more time."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a CUDA device where there is one."""
     threads: int | None = None
@@ -270,6 +296,8 @@ class TrainConfig:
         minutes = self.max_minutes
         _require(
             minutes is None or minutes > 0,
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Bad steps."""
             f"max_minutes={minutes}",
             "is not positive; leave it out for no limit",
         )
@@ -283,6 +311,20 @@ class TrainConfig:
         bias = model.router.selection_bias or self.balance.balance == "bias"
         return replace(
             model,
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        name, shape, engine = self.optim.optimizer, self.schedule.schedule, self.engine
+        if name == "schedulefree" and shape != "constant":
+            raise MoevizError(
+                f"optimizer=schedulefree with schedule={shape} lowers the rate twice; add --schedule constant"
+            )
+        sharded = engine.engine == "deepspeed" and (engine.zero_stage > 0 or name == "schedulefree")
+        if name != "adamw" and sharded:
+            raise MoevizError(
+                f"optimizer={name} needs whole matrices, and DeepSpeed with zero_stage={engine.zero_stage} keeps flat "
+                f"shares of them; use --engine torch{' or --zero-stage 0' if name == 'muon' else ''}"
+            )
             max_seq_len=max(model.max_seq_len, self.data.seq_len),
             router=replace(model.router, selection_bias=bias),
         )

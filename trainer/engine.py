@@ -1,7 +1,7 @@
 """What runs a step: the few verbs that the training loop knows, the same for plain torch and for DeepSpeed.
 
-    for every micro-batch: engine.backward(loss of engine.forward(inputs, labels))
-    gradient norm = engine.step(learning rate)
+    for every micro-batch: engine.backward(loss of engine.forward(inputs, labels), share of the step, is it the last)
+    gradient norm, taken = engine.step(learning rate)
 
 An engine owns the model's placement and precision, the gradients and the optimizer. It knows nothing of data,
 schedules, balancing or logging.
@@ -10,8 +10,9 @@ schedules, balancing or logging.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,17 @@ from torch import Tensor
 from model.lm import ModelOutput, MoELanguageModel
 from moeviz.errors import MoevizError
 from trainer.config import TrainConfig
+
+
+class Update(NamedTuple):
+    """What became of a step."""
+
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    taken: bool
+    """Whether the weights moved: not where that norm is not a number."""
+    scale_lowered: bool = False
+    """fp16: the gradient outgrew the loss scale, which is lower now; nothing is wrong with the run."""
 
 
 class Engine(Protocol):
@@ -30,20 +42,35 @@ class Engine(Protocol):
     rank: int
     world_size: int
 
-    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
-        """Run one micro-batch with gradients on."""
+    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
+        """Run one micro-batch with gradients on; `more` is handed to the model."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add one micro-batch's gradients; the mean over the step's micro-batches is taken inside."""
+    def backward(self, loss: Tensor, *, share: float = 1.0, last: bool = True) -> None:
+        """Add one micro-batch's gradients.
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update the weights, clear the gradients. Returns the gradient's norm before clipping."""
+        Args:
+            loss: mean over the micro-batch.
+            share: its part of the step; those of a step's micro-batches sum to 1.
+            last: whether `step` comes next.
+        """
+
+    def step(self, learning_rate: float) -> Update:
+        """Clip, update the weights, clear the gradients. Without an update where the gradient is not finite."""
+
+    def discard(self) -> None:
+        """Forget the gradients of the step in progress: it begins anew, or is not taken."""
+
+    def gradient(self, name: str) -> Tensor | None:
+        """The step's gradient of a parameter, whole, in fp32, before clipping. Every rank must call it."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Inside, the module has the weights that are evaluated and exported, where training uses others."""
 
     def sum_ranks(self, values: Tensor) -> Tensor:
         """The element-wise sum of a tensor over all ranks; the tensor itself on a single rank."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole weights and persistent buffers by name, on the CPU. Every rank must call it."""
+        """Whole weights and persistent buffers by name, on the CPU, as they are evaluated. Every rank must call it."""
 
     def save_state(self, folder: Path) -> None:
         """Write what resuming needs beside `weights()`, each rank its own files. Every rank must call it."""

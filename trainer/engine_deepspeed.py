@@ -9,10 +9,11 @@ build that is killed half way leaves a lock on which later runs hang.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,9 +24,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from model.lm import ModelOutput, MoELanguageModel
-from moeviz.errors import require
+from moeviz.errors import MoevizError, require
 from trainer.config import TrainConfig
-from trainer.engine import choose_device
+from trainer.engine import Update, choose_device
 from trainer.optim import build_optimizer, set_learning_rate
 
 _TAG = "deepspeed"
@@ -45,24 +46,67 @@ class DeepSpeedEngine:
         self.device = choose_device(config.engine.device, int(os.environ["LOCAL_RANK"]))
         self.module = model.to(self.device)
         self._stage = config.engine.zero_stage
+        self._fp16 = config.engine.dtype == "fp16"
+        if self._fp16 and self.device.type == "cpu":
+            raise MoevizError(
+                "dtype=fp16 with engine=deepspeed needs a GPU; use --dtype bf16 or --engine torch"
+            )
+        if config.engine.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable()
         optimizer = build_optimizer(self.module.named_parameters(), config.optim)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=deepspeed_config(config)
         )
 
-    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
-        return self._engine(input_ids_BS, labels_BS)
+    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
+        return self._engine(input_ids_BS, labels_BS, **more)
 
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
+    def backward(self, loss: Tensor, *, share: float = 1.0, last: bool = True) -> None:
+        # How many micro-batches a step has may change between steps, so its end is told, not counted.
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * share, scale_wrt_gas=False)
+        if not last:
             self._engine.step()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Update:
         set_learning_rate(self._optimizer, learning_rate)
-        norm = self._plain_gradient_norm() if self._stage == 0 else None
+        norm = float(self._plain_gradient_norm()) if self._stage == 0 and not self._fp16 else None
+        if norm is not None and not math.isfinite(norm):
+            self.discard()
+            return Update(norm, False)
+        before = self._loss_scale
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        taken = not getattr(self._engine.optimizer, "overflow", False)
+        told = float(self._engine.get_global_grad_norm() if norm is None else norm)
+        return Update(told if taken else math.nan, taken, self._loss_scale < before)
+
+    @property
+    def _loss_scale(self) -> float:
+        return float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
+
+    def discard(self) -> None:
+        optimizer = self._engine.optimizer
+        optimizer.zero_grad()
+        self.module.zero_grad()
+        if self._stage in (1, 2):
+            # What DeepSpeed clears after a step, and after one that overflowed.
+            optimizer.micro_step_id = -1
+            optimizer.overflow = False
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+                optimizer.all_grad_tensors[group] = None
+        self._engine.set_gradient_accumulation_boundary(False)
+        self._engine.step()
+
+    def gradient(self, name: str) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_grad
+
+        weight = self.module.get_parameter(name)
+        gradient = weight.grad if self._stage == 0 else safe_get_full_grad(weight)
+        return None if gradient is None else gradient.detach().float()
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _plain_gradient_norm(self) -> Tensor:
         """In stage 0 DeepSpeed reports no norm; gradients are whole and already averaged over the ranks."""
@@ -99,7 +143,9 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.data.batch_size,
         "gradient_accumulation_steps": config.data.gradient_accumulation_steps,
         "gradient_clipping": config.optim.grad_clip,
-        "bf16": {"enabled": config.engine.dtype == "bf16"},
+        # Without the check a bf16 step with a gradient that is not a number would be taken.
+        "bf16": {"enabled": config.engine.dtype == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": config.engine.dtype == "fp16", "loss_scale": 0},
         "zero_optimization": {"stage": config.engine.zero_stage},
         # The optimizer is torch's AdamW, which DeepSpeed has not certified but works with.
         "zero_allow_untested_optimizer": True,

@@ -1,12 +1,16 @@
-"""Plain torch on one device: autograd, clip_grad_norm_, AdamW, and nothing between them.
+"""Plain torch on one device: autograd, clip_grad_norm_, an optimizer, and nothing between them.
 
 The reference that every other engine is compared with.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +18,8 @@ from torch import Tensor
 from model.lm import ModelOutput, MoELanguageModel
 from moeviz.errors import MoevizError
 from trainer.config import TrainConfig
-from trainer.engine import choose_device
+from trainer.engine import Update, choose_device
+from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer, set_learning_rate
 from trainer.precision import MasterWeights, cast_weights
 
@@ -36,35 +41,83 @@ class TorchEngine:
         self.device = choose_device(config.engine.device)
         self.module = model.to(self.device)
         cast_weights(self.module, config.engine.dtype)
+        if config.engine.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable()
         self._masters = MasterWeights(self.module)
         self._optimizer = build_optimizer(self._masters.named(), config.optim)
-        self._micro_batches = config.data.gradient_accumulation_steps
+        self._averages = config.optim.optimizer == "schedulefree"
+        self._scale = LossScale(config.engine.dtype)
         self._max_norm = config.optim.grad_clip or float("inf")
 
-    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor) -> ModelOutput:
-        return self.module(input_ids_BS, labels_BS)
+    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
+        return self.module(input_ids_BS, labels_BS, **more)
 
-    def backward(self, loss: Tensor) -> None:
-        (loss / self._micro_batches).backward()
+    def backward(self, loss: Tensor, *, share: float = 1.0, last: bool = True) -> None:
+        (loss * (share * self._scale.value)).backward()
         self._masters.collect_gradients()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> Update:
         weights = [weight for _, weight in self._masters.named()]
-        norm = torch.nn.utils.clip_grad_norm_(weights, self._max_norm)
-        set_learning_rate(self._optimizer, learning_rate)
-        self._optimizer.step()
+        self._scale.unscale(weights)
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, self._max_norm))
+        finite = math.isfinite(norm)
+        if finite:
+            set_learning_rate(self._optimizer, learning_rate)
+            self._optimizer.step()
+            self._masters.publish()
+        self.discard()
+        return Update(norm, finite, self._scale.update(finite))
+
+    def discard(self) -> None:
         self._optimizer.zero_grad()
+        self.module.zero_grad()
+
+    def gradient(self, name: str) -> Tensor | None:
+        gradient = dict(self._masters.named())[name].grad
+        return None if gradient is None else gradient / self._scale.value
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        if not self._averages:
+            yield
+            return
+        trained = self._trained_weights()
+        self._optimizer.eval()  # type: ignore[attr-defined]
         self._masters.publish()
-        return float(norm)
+        try:
+            yield
+        finally:
+            self._optimizer.train()  # type: ignore[attr-defined]
+            self._put_back(trained)
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in self._masters.named()}
+
+    @torch.no_grad()
+    def _put_back(self, trained: Mapping[str, Tensor]) -> None:
+        """To the bit: what the optimizer computes back from its average is rounded."""
+        for name, weight in self._masters.named():
+            weight.copy_(trained[name])
+        self._masters.publish()
 
     def sum_ranks(self, values: Tensor) -> Tensor:
         return values
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        with self.evaluating():
+            # On the CPU `cpu()` copies nothing, and after this block the averages are gone.
+            values = {name: value.detach() for name, value in self.module.state_dict().items()}
+            return {
+                name: value.cpu().clone() if self._averages else value.cpu() for name, value in values.items()
+            }
 
     def save_state(self, folder: Path) -> None:
-        state = {"optimizer": self._optimizer.state_dict(), "masters": self._masters.state()}
+        state = {
+            "optimizer": self._optimizer.state_dict(),
+            "masters": self._masters.state(),
+            "scale": self._scale.state(),
+            "trained": self._trained_weights() if self._averages else {},
+        }
         torch.save(state, folder / _STATE_FILE)
 
     def load_state(self, weights: dict[str, Tensor], folder: Path) -> None:
@@ -72,6 +125,10 @@ class TorchEngine:
         state = torch.load(folder / _STATE_FILE, map_location=self.device, weights_only=True)
         self._optimizer.load_state_dict(state["optimizer"])
         self._masters.load(state["masters"])
+        if "scale" in state:
+            self._scale.load(state["scale"])
+        if self._averages:
+            self._put_back(state["trained"])
 
     def destroy(self) -> None:
-        self._optimizer.zero_grad()
+        self.discard()

@@ -1,4 +1,4 @@
-"""One optimizer for the run: fused AdamW over two groups, matrices with weight decay and vectors without.
+"""One optimizer for the run, over groups of parameters: matrices with weight decay and vectors without.
 
 Expert weights are stacks of matrices and decay like them. Every parameter is in exactly one group, also when
 it is used twice (tied embeddings), because groups are made from `named_parameters`, which names each tensor
@@ -13,35 +13,52 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeviz.errors import require
 from trainer.config import OptimConfig
+from trainer.muon import Muon, is_hidden_matrix
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, *, muon: bool = False
+) -> list[dict[str, Any]]:
     """Split trainable parameters by their number of axes: two or more decay, one or none does not.
 
     Args:
         named: `model.named_parameters()`, or masters under the same names.
-        weight_decay: decay of the first group.
+        weight_decay: decay of the matrices.
+        muon: put the matrices inside of blocks into a group of their own, marked `muon`.
     """
     trainable = [(name, weight) for name, weight in named if weight.requires_grad]
-    matrices = [weight for _, weight in trainable if weight.ndim >= 2]
-    vectors = [weight for _, weight in trainable if weight.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    turned = [weight for name, weight in trainable if muon and is_hidden_matrix(name, weight)]
+    taken = {id(weight) for weight in turned}
+    others = [weight for _, weight in trainable if id(weight) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for weight in others if weight.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [weight for weight in others if weight.ndim < 2], "weight_decay": 0.0},
+        {"params": turned, "weight_decay": weight_decay, "muon": True},
     ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with the run's constants; the learning rate is set before each step by `set_learning_rate`."""
-    return torch.optim.AdamW(
-        parameter_groups(named, config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer that the config names; the learning rate is set before each step by `set_learning_rate`.
+
+    Raises:
+        MissingExtraError: schedule-free without its library.
+    """
+    muon = config.optimizer == "muon"
+    groups = parameter_groups(named, config.weight_decay, muon=muon)
+    constants: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.adam_eps,
+    }
+    if config.optimizer == "schedulefree":
+        library = require("schedulefree", "schedulefree", "--optimizer schedulefree")
+        optimizer = library.AdamWScheduleFree(groups, **constants)
+        optimizer.train()
+        return optimizer
+    return (Muon if muon else torch.optim.AdamW)(groups, fused=True, **constants)
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:

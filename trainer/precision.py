@@ -1,6 +1,6 @@
 """Low-precision weights with fp32 masters: 8 bits of a number are too few to add a small update to it.
 
-The model computes with bf16 weights, gradients are summed and the optimizer works in fp32, and after each
+The model computes with bf16 or fp16 weights, gradients are summed and the optimizer works in fp32, and after each
 step the result is rounded back. Routers stay in fp32 all through: in bf16 one token in forty changes an
 expert at 64 experts (Switch Transformer's selective precision, Fedus et al. 2021,
 https://arxiv.org/abs/2101.03961). With fp32 weights there is nothing to keep, and every method does nothing.
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from model.router import routers
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def cast_weights(model: nn.Module, dtype: str) -> None:
     """Turn the matrices of a model into `dtype` in place; routers, vectors and buffers stay in fp32."""
@@ -23,7 +25,7 @@ def cast_weights(model: nn.Module, dtype: str) -> None:
     exempt = {id(weight) for router in routers(model) for weight in router.parameters()}
     for weight in model.parameters():
         if weight.ndim >= 2 and id(weight) not in exempt:
-            weight.data = weight.data.to(torch.bfloat16)
+            weight.data = weight.data.to(_DTYPES[dtype])
 
 
 class MasterWeights:
@@ -32,7 +34,7 @@ class MasterWeights:
     def __init__(self, model: nn.Module) -> None:
         self._weights = dict(model.named_parameters())
         self._masters = {
-            name: nn.Parameter(weight.detach().float())
+            name: nn.Parameter(weight.detach().float(), requires_grad=weight.requires_grad)
             for name, weight in self._weights.items()
             if weight.dtype != torch.float32
         }

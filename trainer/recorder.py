@@ -39,6 +39,9 @@ class Recorder(Protocol):
         """Nats of predicting each next token of the last micro-batch."""
 
     def step(self, step: int | None = None, **scalars: float) -> None:
+    def discard(self) -> None:
+        """The step in progress begins anew."""
+
         """An optimizer step is done."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -115,6 +118,8 @@ class Nowhere:
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def event(self, kind: str, step: int | None = None, **detail: Any) -> None: ...
+
+    def discard(self) -> None: ...
 
     def close(self, error: BaseException | None = None) -> None: ...
 

@@ -17,7 +17,7 @@ from trainer.config import TrainConfig
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-_FIXED = ("model", "data", "engine.engine", "engine.zero_stage", "engine.dtype", "seed")
+_FIXED = ("model", "data", "engine.engine", "engine.zero_stage", "engine.dtype", "optim.optimizer", "seed")
 
 
 def find_checkpoint(

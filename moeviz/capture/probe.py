@@ -134,6 +134,10 @@ class Probe:
         self._step = self._tap.step = number + 1
         self._seconds += time.perf_counter() - began
 
+    def discard(self) -> None:
+        """Forget what was captured since the last `step`: the step in progress begins anew."""
+        self._tap.take()
+
     def label(self, domains: Sequence[str | None] | str | None) -> None:
         """Name the domains of the next sequences in order, one per row, before their forward.
 
