@@ -208,14 +208,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """What runs a step."""
-
-    engine: Literal["torch", "deepspeed"] = "torch"
-    """Plain torch, or DeepSpeed with the ZeRO stage below."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed divides among ranks: nothing, optimizer state, gradients too, weights too."""
-@dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     """What keeps a bad step from spoiling a run."""
 
@@ -227,6 +219,14 @@ class GuardConfig:
         _require(bad >= 0, f"max_bad_steps={bad}", "is negative; 0 stops at the first bad step")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What runs a step."""
+
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """Plain torch, or DeepSpeed with the ZeRO stage below."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed divides among ranks: nothing, optimizer state, gradients too, weights too."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; bf16 and fp16 keep fp32 master weights and an fp32 router."""
     auto_batch: bool = False
@@ -288,6 +288,8 @@ class TrainConfig:
     """Validation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Bad steps."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Engine, precision, device."""
 
@@ -296,21 +298,11 @@ class TrainConfig:
         minutes = self.max_minutes
         _require(
             minutes is None or minutes > 0,
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    """Bad steps."""
             f"max_minutes={minutes}",
             "is not positive; leave it out for no limit",
         )
         _require(self.log_every >= 1, f"log_every={self.log_every}", "is below 1; 10 is usual")
         _require(self.seed >= 0, f"seed={self.seed}", "is negative; give 0 or a positive number")
-
-    @property
-    def architecture(self) -> ModelConfig:
-        """The model's config as it is built: as long as its sequences, with the bias that balancing needs."""
-        model = self.model
-        bias = model.router.selection_bias or self.balance.balance == "bias"
-        return replace(
-            model,
         self._check_optimizer()
 
     def _check_optimizer(self) -> None:
@@ -325,6 +317,14 @@ class TrainConfig:
                 f"optimizer={name} needs whole matrices, and DeepSpeed with zero_stage={engine.zero_stage} keeps flat "
                 f"shares of them; use --engine torch{' or --zero-stage 0' if name == 'muon' else ''}"
             )
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """The model's config as it is built: as long as its sequences, with the bias that balancing needs."""
+        model = self.model
+        bias = model.router.selection_bias or self.balance.balance == "bias"
+        return replace(
+            model,
             max_seq_len=max(model.max_seq_len, self.data.seq_len),
             router=replace(model.router, selection_bias=bias),
         )

@@ -38,10 +38,10 @@ class Recorder(Protocol):
     def token_loss(self, loss_BS: Tensor) -> None:
         """Nats of predicting each next token of the last micro-batch."""
 
-    def step(self, step: int | None = None, **scalars: float) -> None:
     def discard(self) -> None:
         """The step in progress begins anew."""
 
+    def step(self, step: int | None = None, **scalars: float) -> None:
         """An optimizer step is done."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -113,13 +113,13 @@ class Nowhere:
 
     def token_loss(self, loss_BS: Tensor) -> None: ...
 
+    def discard(self) -> None: ...
+
     def step(self, step: int | None = None, **scalars: float) -> None: ...
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def event(self, kind: str, step: int | None = None, **detail: Any) -> None: ...
-
-    def discard(self) -> None: ...
 
     def close(self, error: BaseException | None = None) -> None: ...
 
