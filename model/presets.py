@@ -35,6 +35,23 @@ def demo() -> ModelConfig:
     )
 
 
+def demo_mla() -> ModelConfig:
+    """The demo with MLA: keys and values of four heads from a latent of 48 numbers, queries from one of 64."""
+    return replace(
+        demo(),
+        num_kv_heads=None,
+        attention="mla",
+        mla=MLAConfig(
+            q_lora_rank=64, kv_lora_rank=48, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=32
+        ),
+    )
+
+
+def demo_slots() -> ModelConfig:
+    """The demo with two-stage attention: past chunks of 32 tokens are read through 16 latents of each key head."""
+    return replace(demo(), attention="latent", latents=LatentConfig(num_latents=16, latent_chunk=32))
+
+
 def minimal() -> ModelConfig:
     """A plain softmax top-2 MoE with wide experts: 6 layers of width 384."""
     return ModelConfig(dim=384, num_layers=6, num_heads=8, num_experts=8, top_k=2, expert_dim=1536)
@@ -261,6 +278,8 @@ def gpt_oss_tiny() -> ModelConfig:
 PRESETS: Mapping[str, Callable[[], ModelConfig]] = MappingProxyType(
     {
         "demo": demo,
+        "demo-mla": demo_mla,
+        "demo-slots": demo_slots,
         "minimal": minimal,
         "optimal": optimal,
         "blues": blues,

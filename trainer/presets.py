@@ -1,4 +1,4 @@
-"""Named runs: every model preset with training values that suit its size, and two of the trainer's own.
+"""Named runs: every model preset with training values that suit its size, and a few of the trainer's own.
 
 A preset is the set of defaults that the command line starts from; any flag overrides it.
 """
@@ -38,6 +38,25 @@ def demo() -> TrainConfig:
         schedule=ScheduleConfig(warmup_steps=20),
         balance=BalanceConfig(balance="bias", bias_step=5e-3),
         evaluation=EvaluationConfig(eval_every=100, eval_sequences=16),
+    )
+
+
+def demo_mla() -> TrainConfig:
+    """The tour with multi-head latent attention: what its compressed keys and values hold."""
+    return _with_latents("demo-mla")
+
+
+def demo_slots() -> TrainConfig:
+    """The tour with two-stage attention: which tokens its slots read, and who reads the slots."""
+    return _with_latents("demo-slots")
+
+
+def _with_latents(preset: str) -> TrainConfig:
+    return replace(
+        demo(),
+        preset=preset,
+        model=MODEL_PRESETS[preset](),
+        sampling=SamplingPolicy(latent_every=10, latent_layers="all"),
     )
 
 
@@ -85,7 +104,13 @@ def of_model(name: str, model: ModelConfig) -> TrainConfig:
 
 
 _OWN: Mapping[str, Callable[[], TrainConfig]] = MappingProxyType(
-    {"demo": demo, "collapse": collapse, "smoke": smoke}
+    {
+        "demo": demo,
+        "demo-mla": demo_mla,
+        "demo-slots": demo_slots,
+        "collapse": collapse,
+        "smoke": smoke,
+    }
 )
 
 
