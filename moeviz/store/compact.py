@@ -1,7 +1,7 @@
 """Merging small segments into few: the sidecar of a long run.
 
 A flush a second makes 3,600 files an hour and table. Sixteen or more neighbours become one file of the next
-level (0 -> 1 -> 2), sorted for reading, one row group a layer. The merged file counts only from a few seconds
+level (0 -> 1 -> 2), sorted for reading (see `tiles`). The merged file counts only from a few seconds
 after it appears, and what it covers is deleted a minute after that (see `cover`), so no reader ever misses or
 repeats a row.
 
@@ -30,6 +30,7 @@ from moeviz.store.detail import write_detail
 from moeviz.store.run import read_info
 from moeviz.store.schema import TABLES
 from moeviz.store.segments import is_whole, read_segment, segment_names, write_segment
+from moeviz.store.tiles import has_tiles, tiled
 
 LOCK_FILE = ".compact.lock"
 TOP_LEVEL = 2
@@ -152,9 +153,12 @@ def _adjoin(left: SegmentName, right: SegmentName) -> bool:
 
 def _merge(folder: Path, table: str, group: Sequence[SegmentName], active_at: float) -> None:
     parts = [read_segment(folder, name) for name in group]
-    rows = pa.concat_tables(parts).combine_chunks()
-    order = TABLES[table].order
-    rows = rows.sort_by([(column, "ascending") for column in order])
+    rows, order = pa.concat_tables(parts).combine_chunks(), TABLES[table].order
+    row_groups = None
+    if has_tiles(order):
+        rows, row_groups = tiled(rows, order)
+    else:
+        rows = rows.sort_by([(column, "ascending") for column in order])
     first, last = group[0], group[-1]
     name = first._replace(
         last_flush=last.last_flush,
@@ -163,18 +167,7 @@ def _merge(folder: Path, table: str, group: Sequence[SegmentName], active_at: fl
         level=first.level + 1,
         active_ms=int(active_at * 1000),
     )
-    write_segment(
-        folder, name, rows, sync=True, row_groups=_layer_groups(rows) if order[0] == "layer" else None
-    )
-
-
-def _layer_groups(rows: pa.Table) -> list[int] | None:
-    """Sizes of runs of equal layers in sorted rows."""
-    layers = rows["layer"].to_numpy()
-    if len(layers) == 0:
-        return None
-    edges = np.flatnonzero(np.diff(layers)) + 1
-    return np.diff(np.concatenate(([0], edges, [len(layers)]))).tolist()
+    write_segment(folder, name, rows, sync=True, row_groups=row_groups)
 
 
 def _superseded(names: Sequence[str], then: float) -> list[SegmentName]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from moeviz.store.cover import Covered, SegmentName, cover, holes
@@ -82,28 +83,37 @@ class Listing:
 
     def sql(self, first: int | None = None, last: int | None = None) -> str:
         """SQL to stand after FROM: the rows of the files that overlap steps first..last."""
-        wanted = [
+        return self.sql_of(
             one
             for one in self.files
             if (last is None or one.name.first_step <= last)
             and (first is None or one.name.last_step >= first)
-        ]
+        )
+
+    def sql_of(self, files: Iterable[Covered]) -> str:
+        """SQL to stand after FROM: the rows of `files`."""
+        wanted = list(files)
         whole = [one.name for one in wanted if one.below_step is None]
         parts = [f"SELECT * FROM {self._parquet(whole)}"] if whole else []
         for below in sorted({one.below_step for one in wanted if one.below_step is not None}):
             cut = [one.name for one in wanted if one.below_step == below]
-            parts.append(f"SELECT * FROM {self._parquet(cut)} WHERE {_end_of_row(self.table)} < {below}")
+            parts.append(f"SELECT * FROM {self._parquet(cut)} WHERE {end_of_row(self.table)} < {below}")
         if len(parts) == 1 and whole:
             return self._parquet(whole)
         return f"({' UNION ALL '.join(parts)})" if parts else f"({empty_sql(self.table)})"
 
     def step_range(self) -> tuple[int, int] | None:
-        """Smallest and largest step that the names announce; None without rows. May be one step too wide."""
+        """Smallest and largest step that the names announce; None without rows. Too wide where `cut`."""
         files = [one for one in self.files if one.name.last_flush > 0]
         if not files:
             return None
         lasts = (min(one.name.last_step, (one.below_step or 1 << 31) - 1) for one in files)
         return min(one.name.first_step for one in files), max(lasts)
+
+    @property
+    def cut(self) -> bool:
+        """Whether some rows of some file are superseded: its name then announces more than counts."""
+        return any(one.below_step is not None for one in self.files)
 
     def _parquet(self, names: list[SegmentName]) -> str:
         folder = str(self.folder).replace("'", "''")
@@ -157,6 +167,6 @@ def sql_type(arrow: str) -> str:
     return _SQL_TYPES[arrow]
 
 
-def _end_of_row(table: str) -> str:
+def end_of_row(table: str) -> str:
     """The last step that a row speaks of."""
     return "step + span - 1" if table == "load_lod" else "step"

@@ -5,16 +5,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 
+from moeviz.store.load_memory import MOST_STEPS, LayerCounts
 from moeviz.store.reader import Store
 
 _LOD_SPANS = (10_000, 100)
+_WORTH_KEEPING = 0.25
+"""Part of a run that a question must ask for before its answer is kept in memory."""
 
 
 def step_range(store: Store, table: str = "expert_load") -> tuple[int, int] | None:
     """First and last step with rows in `table`; None when it is empty."""
+    announced = store.announced_steps(table)
+    if announced is not None:
+        return announced
     row = store.frame(lambda: f"SELECT min(step) AS lo, max(step) AS hi FROM {store.source(table)}").iloc[0]
     return None if pd.isna(row["lo"]) else (int(row["lo"]), int(row["hi"]))
 
@@ -26,6 +34,9 @@ def last_step(store: Store) -> int | None:
     no routing (no MoE layers in its description) counts by its scalars.
     """
     table = clock_table(store)
+    announced = store.announced_steps(table)
+    if announced is not None:
+        return announced[1]
     newest = store.newest_step(table)
     if newest is None:
         return None
@@ -77,7 +88,7 @@ def load_over_time(
     """
     known = step_range(store)
     empty = pd.DataFrame({"step": [], "expert": [], "share": [], "load_rel": []})
-    if known is None:
+    if known is None or not 0 <= layer < len(store.info.model.layers):
         return empty
     first = known[0] if first is None else first
     last = known[1] if last is None else last
@@ -86,54 +97,75 @@ def load_over_time(
     width = -(-(last - first + 1) // max(points, 1))
     span = next((span for span in _LOD_SPANS if width >= span), None)
     if span is None:
-        return _bucketed(store, layer, first, last, width, first, None)
+        return _bucketed(_counts(store, layer, first, last), first, width, first)
     width = -(-width // span) * span
-    return _bucketed(store, layer, first, last, width, first // span * span, span)
+    rows = [_detail(store, layer, first, last, span)]
+    rows += [_counts(store, layer, lo, hi) for lo, hi in _gaps(rows[0].steps_R, first, last, span)]
+    steps_R, counts_RE = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    return _bucketed(LayerCounts(steps_R, counts_RE), first // span * span, width, first)
 
 
-def _bucketed(
-    store: Store, layer: int, first: int, last: int, width: int, base: int, span: int | None
-) -> pd.DataFrame:
-    """Sum counts by bucket of `width` steps from `base`; whole buckets of `span` steps come from load_lod."""
-    gaps = [(first, last)] if span is None else _gaps(store, layer, first, last, span)
-    parts: list[str] = []
-
-    def build() -> str:
-        parts.clear()
-        if span is not None:
-            parts.append(
-                f"SELECT step, counts FROM {store.source('load_lod')} "
-                f"WHERE layer = {layer} AND span = {span} AND step >= {first} AND step + span - 1 <= {last}"
-            )
-        for lo, hi in gaps:
-            parts.append(
-                f"SELECT step, counts FROM {store.source('expert_load', lo, hi)} "
-                f"WHERE layer = {layer} AND step BETWEEN {lo} AND {hi}"
-            )
-        return f"""
-        WITH rows AS ({" UNION ALL BY NAME ".join(parts)}),
-        each AS (SELECT (step - {base}) // {width} AS bucket, unnest(counts) AS count,
-                        unnest(range(len(counts))) AS expert FROM rows),
-        sums AS (SELECT bucket, expert, sum(count) AS count FROM each GROUP BY ALL)
-        SELECT greatest({base} + bucket * {width}, {first})::INTEGER AS step, expert::INTEGER AS expert,
-               (count / nullif(sum(count) OVER one, 0))::FLOAT AS share,
-               (count * count(*) OVER one / nullif(sum(count) OVER one, 0))::FLOAT AS load_rel
-        FROM sums WINDOW one AS (PARTITION BY bucket) ORDER BY step, expert"""
-
-    return store.frame(build)
+def _counts(store: Store, layer: int, first: int, last: int) -> LayerCounts:
+    """Counts of one layer in steps first..last, a row per step and rank."""
+    known = step_range(store) or (0, 0)
+    steps, asked = known[1] - known[0] + 1, last - first + 1
+    if not store.info.packed and steps <= MOST_STEPS and asked >= _WORTH_KEEPING * steps:
+        steps_R, counts_RE = store.layer_counts(layer)
+        lo, hi = np.searchsorted(steps_R, [first, last + 1])
+        return LayerCounts(steps_R[lo:hi], counts_RE[lo:hi])
+    where = f"WHERE layer = {int(layer)} AND step BETWEEN {int(first)} AND {int(last)}"
+    return _rows(
+        store, layer, lambda: f"SELECT step, counts FROM {store.source('expert_load', first, last)} {where}"
+    )
 
 
-def _gaps(store: Store, layer: int, first: int, last: int, span: int) -> list[tuple[int, int]]:
-    """Ranges of steps within first..last that load_lod does not hold in whole buckets of `span`."""
-    have = store.frame(
+def _detail(store: Store, layer: int, first: int, last: int, span: int) -> LayerCounts:
+    """Sums of the whole buckets of `span` steps within first..last that load_lod holds, at their first steps."""
+    where = (
+        f"layer = {int(layer)} AND span = {span} AND step >= {int(first)} AND step + span - 1 <= {int(last)}"
+    )
+    return _rows(
+        store,
+        layer,
         lambda: (
-            f"""SELECT DISTINCT step FROM {store.source("load_lod")}
-        WHERE layer = {layer} AND span = {span} AND step >= {first} AND step + span - 1 <= {last}
-        ORDER BY step"""
-        )
-    )["step"].to_numpy()
+            f"SELECT step, counts FROM {store.source('load_lod', first, last)} WHERE {where} ORDER BY step"
+        ),
+    )
+
+
+def _rows(store: Store, layer: int, build: Callable[[], str]) -> LayerCounts:
+    rows = store.arrow(build)
+    counts = rows["counts"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    num_experts = store.info.model.layers[layer].num_experts
+    return LayerCounts(rows["step"].to_numpy().astype(np.int64), counts.reshape(rows.num_rows, num_experts))
+
+
+def _gaps(have: np.ndarray, first: int, last: int, span: int) -> list[tuple[int, int]]:
+    """Ranges of steps within first..last that buckets of `span` steps from `have` (ascending) leave out."""
     edges = np.concatenate(([first], np.repeat(have, 2) + np.tile([0, span], len(have)), [last + 1]))
     return [(int(lo), int(hi) - 1) for lo, hi in edges.reshape(-1, 2) if hi > lo]
+
+
+def _bucketed(rows: LayerCounts, base: int, width: int, first: int) -> pd.DataFrame:
+    """Sum counts by buckets of `width` steps from `base`."""
+    bucket_R = (rows.steps_R - base) // width
+    at_R = np.argsort(bucket_R, kind="stable")
+    buckets, starts_B = np.unique(bucket_R[at_R], return_index=True)
+    num_experts = rows.counts_RE.shape[1]
+    sums_BE = np.zeros((len(buckets), num_experts), dtype=np.int64)
+    if len(buckets):
+        np.add.reduceat(rows.counts_RE[at_R], starts_B, axis=0, dtype=np.int64, out=sums_BE)
+    total_B1 = sums_BE.sum(1, keepdims=True)
+    share_BE = np.full(sums_BE.shape, np.nan)
+    np.divide(sums_BE, total_B1, out=share_BE, where=total_B1 > 0)
+    return pd.DataFrame(
+        {
+            "step": np.repeat(np.maximum(base + buckets * width, first), num_experts).astype(np.int32),
+            "expert": np.tile(np.arange(num_experts, dtype=np.int32), len(buckets)),
+            "share": share_BE.reshape(-1).astype(np.float32),
+            "load_rel": (share_BE * num_experts).reshape(-1).astype(np.float32),
+        }
+    )
 
 
 def load_history(store: Store, first: int, last: int) -> pd.DataFrame:

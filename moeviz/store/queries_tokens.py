@@ -110,7 +110,7 @@ def token_flow(store: Store, step: int, seq: int, rank: int = 0) -> pd.DataFrame
         {
             "pos": pos,
             "token_id": trace.token_ids_S[pos],
-            "text": np.asarray(trace.texts, dtype=object)[pos],
+            "text": pd.array(trace.texts, dtype="str").take(pos),
             "layer": trace.layers_L[layer_at],
             "slot": slot,
             "expert": trace.experts_LSK[layer_at, pos, slot],

@@ -21,6 +21,7 @@ from moeviz.errors import MoevizError
 from moeviz.store.catalog import locate_run
 from moeviz.store.engine import connect
 from moeviz.store.listing import Listing, empty_sql
+from moeviz.store.load_memory import LayerCounts, LoadMemory
 from moeviz.store.run import DATABASE_FILE, RUN_FILE, VOCAB_FILE, RunInfo, read_info
 from moeviz.store.sandbox import check_select, explain_error
 from moeviz.store.schema import TABLES, VOCAB_SCHEMA
@@ -167,6 +168,31 @@ class Store:
             known = self._listings[table].step_range()
             return None if known is None else known[1]
 
+    def announced_steps(self, table: str) -> tuple[int, int] | None:
+        """First and last step of `table` by the names of its files, without reading one.
+
+        None where names do not tell: packed, empty, or a resumed run of which some rows are superseded.
+        """
+        with self._lock:
+            self._refresh()
+            listing = None if self.info.packed else self._listings[table]
+            return None if listing is None or listing.cut else listing.step_range()
+
+    def layer_counts(self, layer: int) -> LayerCounts:
+        """Counts of every step of one layer; rows that were read before are not read again. Not for packed runs."""
+        with self._lock:
+            self._refresh()
+            listing = self._listings["expert_load"]
+
+            def ask() -> pa.Table:
+                new = listing.sql_of(self._memory.unread(layer, listing.files))
+                return self._relation(
+                    f"SELECT step, counts FROM {new} WHERE layer = {layer}", None
+                ).to_arrow_table()
+
+            num_experts = self.info.model.layers[layer].num_experts
+            return self._memory.extend(layer, num_experts, listing.files, self._retrying(ask))
+
     def segments(self, table: str) -> list[str]:
         """File names of `table` that can be read, with those that a merged one covers; none when packed."""
         with self._lock:
@@ -236,6 +262,7 @@ class Store:
         self._listings = (
             {} if self.info.packed else {table: Listing(folder / table, table) for table in TABLES}
         )
+        self._memory = LoadMemory()
         self._packed = packed_tables(connection) if self.info.packed else frozenset()
         self._viewed: dict[str, int] = {}
         self._vocab_view = ""

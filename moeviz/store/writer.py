@@ -22,6 +22,7 @@ from moeviz.store.encode import encode
 from moeviz.store.run import Attempt, RunInfo, read_info, start_compactor
 from moeviz.store.schema import TABLES, segment_schema
 from moeviz.store.segments import remove_temporaries, segment_names, write_segment
+from moeviz.store.tiles import has_tiles, tiled
 
 __all__ = ["BackgroundSink", "SegmentWriter", "WriterStats"]
 
@@ -159,7 +160,10 @@ class SegmentWriter:
             level=0,
             active_ms=int(time.time() * 1000),
         )
-        path = write_segment(self.path / table, name, rows.cast(self._schemas[table]))
+        rows, row_groups = rows.cast(self._schemas[table]), None
+        if has_tiles(TABLES[table].order):
+            rows, row_groups = tiled(rows, TABLES[table].order)
+        path = write_segment(self.path / table, name, rows, row_groups=row_groups)
         self._next_flush[table] = flush + 1
         self._stats = self._stats._replace(
             rows=self._stats.rows + rows.num_rows,
