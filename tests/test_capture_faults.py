@@ -24,7 +24,8 @@ STAGES = {
     "cutting rows": "moeviz.capture.collect.cut_rows",
     "selecting attention": "moeviz.capture.tap.select",
     "drawing maps": "moeviz.capture.tap.block_maps",
-    "copying to the host": "moeviz.capture.probe.HostCopy",
+    "copying loads to the host": "moeviz.capture.load_batch.HostCopy",
+    "copying samples to the host": "moeviz.capture.probe.HostCopy",
     "building the load": "moeviz.capture.load_batch.LoadRecord",
     "building samples": "moeviz.capture.sample_batch.TokenRoutingRecord",
 }

@@ -123,6 +123,7 @@ class Collector:
 
     def __init__(self, groups: Sequence[LayerGroup]) -> None:
         self.groups = groups
+        self._biased = [index for index, group in enumerate(groups) if group.has_bias]
         self.step = StepSums()
         self._workspace = Workspace()
 
@@ -130,6 +131,12 @@ class Collector:
         """The sums of the step, and a fresh start."""
         done, self.step = self.step, StepSums()
         return done
+
+    def biases(self) -> dict[int, Tensor]:
+        """Selection biases of the groups that have one, as they are now."""
+        return {
+            index: bias_LE for index in self._biased if (bias_LE := self.groups[index].bias()) is not None
+        }
 
     def count_tokens(self, micro_batch: MicroBatch) -> None:
         """Add the tokens of a micro-batch, without asking the device how many are padding."""

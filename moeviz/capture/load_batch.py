@@ -1,7 +1,7 @@
 """The loads and scalars of a step, still on their way from the device; records are made later.
 
 `materialize` runs in the writer's thread: waiting for the device, sorting out and numpy cost training
-nothing. A load is never dropped.
+nothing. What the training thread does at the end of a step is to let go of its sums. A load is never dropped.
 """
 
 from __future__ import annotations
@@ -11,40 +11,78 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import torch
+from torch import Tensor
+
+from moeviz.capture.collect import StepSums
 from moeviz.capture.rank_sum import RankSum
-from moeviz.capture.reduce import TOKEN_SUMS
+from moeviz.capture.reduce import TOKEN_SUMS, RoutingSums
 from moeviz.capture.transfer import HostCopy
 from moeviz.records import LoadRecord, ModelInfo, Record, ScalarRecord
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadSource:
+    """What the loads of all steps have in common."""
+
+    rank: int
+    info: ModelInfo
+    layers: Sequence[Sequence[int]]
+    """MoE layers of each layer group."""
+    rank_sum: RankSum | None = None
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
 class LoadBatch:
     """The sums and scalars of one step."""
 
+    source: LoadSource
     step: int
-    rank: int
     ts: float
-    info: ModelInfo
-    layers: Mapping[int, Sequence[int]]
-    """Layer group -> its MoE layers."""
-    tokens: int
-    """Tokens that are known without the device; `valid_tokens` of the copy are added."""
-    copy: HostCopy
-    """`counts/G`, `dropped/G`, `prob_sum/G`, `weight_sum/G`, `token_sums/G`, perhaps `bias/G`, for each group
-    G; perhaps `valid_tokens` and `scalars`."""
-    dropless: bool
+    sums: StepSums
+    """Not to be added to any more."""
+    bias: Mapping[int, Tensor]
+    """Selection biases at the end of the step by layer group, copies."""
     scalars: Mapping[str, float]
-    device_scalars: Sequence[str] = ()
-    """Names of the entries of `scalars` in the copy."""
-    rank_sum: RankSum | None = None
+    device_scalars: Mapping[str, Tensor]
     whole: bool = True
     """False when recording failed in this step: then no load is written, only scalars."""
+    copy: HostCopy | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.source.rank
+
+    def send(self) -> None:
+        """Start the copies to the host, in the order of the training's own stream."""
+        tensors = self._tensors()
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            self.copy = HostCopy(tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that is on the device, by what `arrays` call it: FIELD/GROUP, `valid_tokens`, `scalars`."""
+        tensors: dict[str, Tensor] = {}
+        for group, sums in self.sums.sums.items() if self.whole else ():
+            for field, values in zip(RoutingSums._fields, sums, strict=True):
+                tensors[f"{field}/{group}"] = values
+        for group, bias_LE in self.bias.items() if self.whole else ():
+            tensors[f"bias_LE/{group}"] = bias_LE
+        if self.sums.valid_tokens is not None:
+            tensors["valid_tokens"] = self.sums.valid_tokens
+        if self.device_scalars:
+            tensors["scalars"] = torch.stack([*self.device_scalars.values()])
+        return tensors
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        if self.copy is None:
+            self.copy = HostCopy(self._tensors())
+        return self.copy.arrays()
 
     def materialize(self) -> Iterator[Record]:
         """The load (of all ranks, on rank 0) and the scalars."""
         load = self.load()
-        if self.rank_sum is not None:
-            load = self._summed(load, self.rank_sum)
+        if self.source.rank_sum is not None:
+            load = self._summed(load, self.source.rank_sum)
         if load is not None:
             yield load
         values = {**self.scalars, **self._device_scalars()}
@@ -55,20 +93,23 @@ class LoadBatch:
         """The load of this rank alone; None when the step is not whole."""
         if not self.whole:
             return None
-        arrays = self.copy.arrays()
-        counts_LE, token_sums_NL = self._spread(arrays, "counts"), self._spread(arrays, "token_sums", axis=1)
+        arrays = self._arrays()
+        counts_LE, token_sums_NL = (
+            self._spread(arrays, "counts_LE"),
+            self._spread(arrays, "token_sums_NL", axis=1),
+        )
         assert counts_LE is not None
         assert token_sums_NL is not None
         return LoadRecord(
             step=self.step,
             rank=self.rank,
             ts=self.ts,
-            tokens=self.tokens + int(arrays.get("valid_tokens", 0)),
+            tokens=self.sums.tokens + int(arrays.get("valid_tokens", 0)),
             counts_LE=counts_LE,
-            prob_sum_LE=self._spread(arrays, "prob_sum"),
-            weight_sum_LE=self._spread(arrays, "weight_sum"),
-            bias_LE=self._spread(arrays, "bias"),
-            dropped_LE=None if self.dropless else self._spread(arrays, "dropped"),
+            prob_sum_LE=self._spread(arrays, "prob_sum_LE"),
+            weight_sum_LE=self._spread(arrays, "weight_sum_LE"),
+            bias_LE=self._spread(arrays, "bias_LE"),
+            dropped_LE=None if self.sums.dropless else self._spread(arrays, "dropped_LE"),
             token_sums={
                 name: sums_L
                 for name, sums_L in zip(TOKEN_SUMS, token_sums_NL, strict=True)
@@ -78,27 +119,31 @@ class LoadBatch:
 
     def _spread(self, arrays: Mapping[str, np.ndarray], name: str, axis: int = 0) -> np.ndarray | None:
         """Put the rows of each group in their place: [L, E], or [N, L] with axis 1. None if nobody has `name`."""
-        parts = {g: arrays[f"{name}/{g}"] for g in self.layers if f"{name}/{g}" in arrays}
+        parts = {
+            group: arrays[f"{name}/{group}"]
+            for group in range(len(self.source.layers))
+            if f"{name}/{group}" in arrays
+        }
         if not parts:
             return None
         first = next(iter(parts.values()))
         if axis == 1:
-            whole = np.full((first.shape[0], self.info.num_layers), np.nan, dtype=first.dtype)
+            whole = np.full((first.shape[0], self.source.info.num_layers), np.nan, dtype=first.dtype)
             for group, part in parts.items():
-                whole[:, list(self.layers[group])] = part
+                whole[:, list(self.source.layers[group])] = part
             return whole
-        whole = np.zeros((self.info.num_layers, self.info.max_experts), dtype=first.dtype)
+        whole = np.zeros((self.source.info.num_layers, self.source.info.max_experts), dtype=first.dtype)
         for group, part in parts.items():
-            whole[list(self.layers[group]), : part.shape[1]] = part
+            whole[list(self.source.layers[group]), : part.shape[1]] = part
         return whole
 
     def _device_scalars(self) -> dict[str, float]:
         if not self.device_scalars:
             return {}
-        return dict(zip(self.device_scalars, map(float, self.copy.arrays()["scalars"]), strict=True))
+        return dict(zip(self.device_scalars, map(float, self._arrays()["scalars"]), strict=True))
 
     def _summed(self, load: LoadRecord | None, rank_sum: RankSum) -> LoadRecord | None:
-        shape = (self.info.num_layers, self.info.max_experts)
+        shape = (self.source.info.num_layers, self.source.info.max_experts)
         counts = np.zeros((2, *shape), dtype=np.int64)
         sums = np.zeros((2, *shape), dtype=np.float32)
         token_sums_NL = np.full((len(TOKEN_SUMS), shape[0]), np.nan, dtype=np.float32)

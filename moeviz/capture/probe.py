@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from moeviz.capture.collect import StepSums
 from moeviz.capture.failures import PATIENCE, Failures, ProbeError
-from moeviz.capture.load_batch import LoadBatch
+from moeviz.capture.load_batch import LoadBatch, LoadSource
 from moeviz.capture.rank_sum import RankSum
 from moeviz.capture.reading import Adapter
 from moeviz.capture.sample_batch import SampleBatch
@@ -75,6 +76,8 @@ def attach(
     probe = Probe(info or sites.info, sink, rank, first_step, defer, process_group)
     probe._tap = Tap(sites, policy or SamplingPolicy(), when, probe._failed)
     probe._tap.step = first_step
+    layers = tuple(group.layers for group in probe._tap.collector.groups)
+    probe._source = replace(probe._source, layers=layers)
     probe._tap.attach()
     return probe
 
@@ -97,7 +100,8 @@ class Probe:
         self.on_close: Callable[[BaseException | None], None] | None = None
         """Called once when the probe closes, before the sink does, with the error that ended training."""
         self._sink, self._defer = sink, defer
-        self._rank_sum = None if process_group is None else RankSum(process_group)
+        rank_sum = None if process_group is None else RankSum(process_group)
+        self._source = LoadSource(rank=rank, info=info, layers=(), rank_sum=rank_sum)
         self._step = first_step
         self._recorded = False
         self._closed = False
@@ -245,35 +249,20 @@ class Probe:
     def _load_batch(
         self, number: int, sums: StepSums, scalars: Mapping[str, float | Tensor], whole: bool
     ) -> LoadBatch:
-        tensors: dict[str, Tensor] = {}
-        groups = self._tap.collector.groups
-        for index, total in sums.sums.items() if whole else ():
-            for name, values in zip(
-                ("counts", "dropped", "prob_sum", "weight_sum", "token_sums"), total, strict=True
-            ):
-                tensors[f"{name}/{index}"] = values
-            bias_LE = groups[index].bias()
-            if bias_LE is not None:
-                tensors[f"bias/{index}"] = bias_LE
-        if sums.valid_tokens is not None:
-            tensors["valid_tokens"] = sums.valid_tokens
         on_host, on_device = _split(scalars)
-        if on_device:
-            tensors["scalars"] = torch.stack([*on_device.values()])
-        return LoadBatch(
+        batch = LoadBatch(
+            source=self._source,
             step=number,
-            rank=self.rank,
             ts=time.time(),
-            info=self.info,
-            layers={index: group.layers for index, group in enumerate(groups)},
-            tokens=sums.tokens,
-            copy=HostCopy(tensors),
-            dropless=sums.dropless,
+            sums=sums,
+            bias=self._tap.collector.biases() if whole else {},
             scalars=on_host,
-            device_scalars=tuple(on_device),
-            rank_sum=self._rank_sum,
+            device_scalars=on_device,
             whole=whole,
         )
+        if on_device or any(total.counts_LE.is_cuda for total in sums.sums.values()):
+            batch.send()
+        return batch
 
     def _sample_batch(self, number: int, sums: StepSums, samples: StepSamples) -> SampleBatch:
         tensors = dict(samples.tensors)
@@ -366,7 +355,7 @@ def _split(scalars: Mapping[str, float | Tensor]) -> tuple[dict[str, float], dic
     for name, value in scalars.items():
         if not isinstance(value, Tensor):
             on_host[name] = float(value)
-        elif value.device.type != "cpu":
+        elif not value.is_cpu:
             on_device[name] = value.detach().float().mean()
         else:
             on_host[name] = value.item() if value.numel() == 1 else value.detach().float().mean().item()

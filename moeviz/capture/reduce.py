@@ -95,7 +95,7 @@ def stack(readings: Sequence[Reading], workspace: Workspace | None = None) -> De
     )
 
 
-def _ids(parts: Sequence[Tensor], workspace: Workspace | None) -> Tensor:
+def _ids(parts: list[Tensor], workspace: Workspace | None) -> Tensor:
     if workspace is None or parts[0].dtype != torch.int64:
         return torch.stack(parts).long()
     shape = (len(parts), *parts[0].shape)

@@ -69,6 +69,8 @@ class Tap:
         self._router_slots = [RouterSlot() for _ in sites.routers]
         self._core_slots = [CoreSlot() for _ in sites.cores]
         self._handles: list[Handle] = []
+        self._filled = False
+        """Whether slots may hold something: a forward that raised never came to empty them."""
         self._held = 0
         self.seconds = 0.0
         """Time that the hooks on the root took in the training thread, since the start."""
@@ -113,7 +115,8 @@ class Tap:
     def take(self) -> tuple[StepSums, StepSamples]:
         """What the step gathered, and a fresh start."""
         self._sleep()
-        self._clear_slots()
+        if self._filled:
+            self._clear_slots()
         self.micro_batch = None
         return self.collector.take(), self.sampler.take()
 
@@ -128,7 +131,9 @@ class Tap:
         if in_backward() or not (trains or self._when == "always"):
             return
         try:
-            self._clear_slots()
+            if self._filled:
+                self._clear_slots()
+            self._filled = True
             index = 0 if self.micro_batch is None else self.micro_batch.index + 1
             self.micro_batch = micro_batch = _read_call(index, self._names, args, kwargs)
         except Exception as error:
@@ -166,7 +171,7 @@ class Tap:
         self._switch.awake = self._switch.attending = self._switch.latents = False
 
     def _clear_slots(self) -> None:
-        self._held = 0
+        self._filled, self._held = False, 0
         for slot in self._router_slots:
             slot.reading = None
         for core in self._core_slots:

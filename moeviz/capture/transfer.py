@@ -19,7 +19,7 @@ class HostCopy:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """Start the copies of `tensors` (detached, and not changed any more)."""
         self._host = {name: _start(tensor) for name, tensor in tensors.items()}
-        self._events = []
+        self._events: list[torch.cuda.Event] = []
         for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
             event = torch.cuda.Event(blocking=True)
             event.record(torch.cuda.current_stream(device))
