@@ -43,6 +43,7 @@ COMMANDS = (
     Command("metrics", "Explain every metric: formula, range, value at balance, source.", "read"),
     Command("pack", "Pack a finished run into one ordinary DuckDB file.", "read"),
     Command("gc", "Delete old runs, or their token-level samples; shows what would go first.", "read"),
+    Command("lake", "Put a run into a DuckLake catalogue (Postgres, SQLite) for other machines.", "read"),
     Command("import", "Make a run of routing recorded elsewhere: vLLM, Megatron, counts.", "read"),
     Command(
         "inspect", "Trace a text through a checkpoint: experts of every token, layer by layer.", "inspect"

@@ -45,11 +45,10 @@ class Listing:
         self._listed_at = -1e9
         self._activation = float("inf")
 
-    def refresh(self, anew: bool = False, thorough: bool = False) -> None:
-        """List again if the folder changed, a merged file became active, or `anew`.
+    def refresh(self, anew: bool = False, thorough: bool = False) -> int:
+        """List again if the folder changed, a merged file became active, or `anew`. Returns how many files are new.
 
         `thorough` decodes every file to find damage inside.
-
         """
         now = time.time()
         try:
@@ -60,7 +59,7 @@ class Listing:
             stamp, settled = (0, 0), True
         fresh = stamp == self._stamp and now < self._activation and now - self._listed_at < _RELIST_SECONDS
         if fresh and not anew:
-            return
+            return 0
         if thorough:
             self._whole.clear()
         self._stamp = stamp if settled else None
@@ -71,10 +70,12 @@ class Listing:
             name.active_ms / 1000 for text in names if (name := SegmentName.parse(text)) and name.level > 0
         )
         self._activation = min((at for at in pending if at > now), default=float("inf"))
+        new = len({one.name for one in files} - {one.name for one in self.files})
         if files != self.files or self.revision == 0:
             self.files = files
             self.revision += 1
         self.notes = self._find_faults(names)
+        return new
 
     @property
     def readable(self) -> list[str]:
