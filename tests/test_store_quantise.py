@@ -45,6 +45,7 @@ def test_weights_are_within_half_a_code() -> None:
     weights = np.random.default_rng(2).random((3, 2, 5, 4)).astype(np.float32)
     weights[1, 0] *= 7  # a router whose weights exceed 1 gets a scale of its own
     codes, scale_LN = weight_codes(weights)
-    assert codes.dtype == np.uint8 and (scale_LN > 1).sum() == 1
+    assert codes.dtype == np.uint8
+    assert (scale_LN > 1).sum() == 1
     decoded = codes * (scale_LN / 255)[:, :, None, None]
     assert (np.abs(decoded - weights) <= (scale_LN / 255 * 0.5001)[:, :, None, None]).all()

@@ -14,6 +14,7 @@ import pytest
 from store_runs import EXPERTS, K, L, N, event, new_run, write_steps
 
 from moeviz.errors import CorruptRunError, MoevizError, RunNotFoundError
+from moeviz.store import reader
 from moeviz.store.queries import last_step, load_matrix
 from moeviz.store.reader import open_run
 from moeviz.store.run import RUN_FILE, read_info, resume_run, write_info, write_views
@@ -420,3 +421,18 @@ def test_a_store_survives_a_change_of_the_working_folder(
         write_steps(SegmentWriter(path), range(10, 11))
         assert last_step(store) == 10
         assert not store.sql("FROM scalars").empty
+
+
+def test_a_reader_that_has_seen_many_files_connects_anew_and_answers_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_MOST_FOOTERS", 20)
+    path = new_run(tmp_path / "run")
+    writer = SegmentWriter(path, sidecar=False)
+    with open_run(path) as store:
+        connections = []
+        for first in range(0, 30, 5):
+            write_steps(writer, range(first, first + 5))
+            assert store.sql("SELECT count(DISTINCT step) AS n FROM expert_load")["n"].iloc[0] == first + 5
+            connections.append(store._connection)
+    assert len({id(connection) for connection in connections}) > 1

@@ -12,7 +12,7 @@ import pytest
 from moeviz.store.cover import SegmentName
 from moeviz.store.schema import TABLES, segment_schema
 from moeviz.store.segments import write_segment
-from moeviz.store.tiles import SMALLEST_BYTES, TILE_BYTES, TILE_LAYERS, has_tiles, tiled
+from moeviz.store.tiles import SMALLEST_BYTES, TILE_BYTES, TILE_LAYERS, has_tiles, packed_order, tiled
 
 ORDER = TABLES["routing"].order
 
@@ -96,3 +96,8 @@ def test_tables_that_are_asked_for_by_step_and_layer_have_tiles() -> None:
 def test_an_empty_table_has_no_tile() -> None:
     empty = segment_schema("routing", "x").empty_table()
     assert tiled(empty, ORDER).row_groups == []
+
+
+def test_a_packed_file_keeps_a_step_together() -> None:
+    assert packed_order(ORDER) == ("step", "layer", "seq")
+    assert packed_order(TABLES["scalars"].order) == TABLES["scalars"].order

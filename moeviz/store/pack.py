@@ -31,6 +31,7 @@ from moeviz.store.reader import Store, packed_tables
 from moeviz.store.run import DATABASE_FILE, RunInfo, read_info, write_info
 from moeviz.store.schema import SCHEMA_VERSION, TABLES
 from moeviz.store.segments import segment_names, sync_folder
+from moeviz.store.tiles import packed_order
 from moeviz.store.views import DECISIONS_SQL, STORAGE_VERSION, quoted, write_database
 
 
@@ -118,7 +119,8 @@ def _build(store: Store, path: Path, info: RunInfo) -> tuple[Path, dict[str, int
         connection.execute(f"ATTACH '{quoted(temporary)}' AS run (STORAGE_VERSION '{STORAGE_VERSION}')")
         connection.execute("USE run")
         for table, meaning in TABLES.items():
-            source, order = store.source(table), ", ".join(meaning.order)
+            source = store.source(table)
+            order = ", ".join(packed_order(meaning.order) if meaning.sampled else meaning.order)
             connection.execute(f"CREATE TABLE {table} AS SELECT * FROM {source} ORDER BY {order}")
             rows[table] = _count(connection, table)
             if rows[table] != _count(connection, source):

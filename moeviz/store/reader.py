@@ -40,6 +40,9 @@ _QUERY_ERRORS = (
 )
 """Errors of the SQL itself: listing the files again would not help."""
 
+_MOST_FOOTERS = 4096
+"""Files after which a connection is replaced: it keeps the footer of each that it read, 34 kB, until it closes."""
+
 
 def open_run(path: str | Path) -> Store:
     """Open a run for reading.
@@ -235,7 +238,9 @@ class Store:
             self._open()
             self._info_stamp = stamp
         for listing in self._listings.values():
-            listing.refresh(anew, thorough)
+            self._footers += listing.refresh(anew, thorough)
+        if self._footers > _MOST_FOOTERS:
+            self._connect()
 
     def _stamp(self) -> object:
         if self.path.is_file():
@@ -249,9 +254,21 @@ class Store:
 
     def _open(self) -> None:
         """(Re)connect: at the start, and when run.json changed (the run was packed, unpacked, resumed)."""
+        self._connect()
+        folder = self._folder
+        self._listings = (
+            {} if self.info.packed else {table: Listing(folder / table, table) for table in TABLES}
+        )
+        self._memory = LoadMemory()
+
+    @property
+    def _folder(self) -> Path:
+        return self.path.parent if self.path.is_file() else self.path
+
+    def _connect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        folder = self.path.parent if self.path.is_file() else self.path
+        folder = self._folder
         self._connection = connection = connect()
         if self.path.is_file():
             self.info = _attach(connection, self.path)
@@ -259,13 +276,12 @@ class Store:
             self.info = read_info(self.path)
             if self.info.packed:
                 _attach(connection, self.path / DATABASE_FILE)
-        self._listings = (
-            {} if self.info.packed else {table: Listing(folder / table, table) for table in TABLES}
-        )
-        self._memory = LoadMemory()
         self._packed = packed_tables(connection) if self.info.packed else frozenset()
+        self._footers = 0
         self._viewed: dict[str, int] = {}
         self._vocab_view = ""
+        with contextlib.suppress(duckdb.CatalogException):  # a setting of newer versions
+            connection.execute("SET parquet_metadata_cache = true")
         connection.execute("SET python_enable_replacements = false")
         connection.execute("SET temp_directory = ''")
         connection.execute(f"SET allowed_directories = ['{quoted(folder.resolve())}', '{quoted(folder)}']")
