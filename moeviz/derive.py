@@ -16,14 +16,16 @@ from typing import Protocol
 
 import numpy as np
 
-from moeviz.alerts import AlertConfig, RouterDetector, RunPlan, ScalarDetector
+from moeviz.alerts import AlertConfig, ProbeDetector, RouterDetector, RunPlan, ScalarDetector
 from moeviz.alerts.scalars import WATCHED
 from moeviz.metrics import layer_shapes, live_metrics, load
+from moeviz.probe_history import ProbeHistory
 from moeviz.records import (
     AlertRecord,
     LoadRecord,
     MetricRecord,
     ModelInfo,
+    ProbeRecord,
     Record,
     ScalarRecord,
     Severity,
@@ -55,7 +57,7 @@ class AccumulatedLoad:
 
 
 class DeriveSink:
-    """Derives a MetricRecord and AlertRecords from each LoadRecord, AlertRecords from each ScalarRecord."""
+    """Derives a MetricRecord and AlertRecords from LoadRecords and ProbeRecords, AlertRecords from ScalarRecords."""
 
     def __init__(
         self,
@@ -82,6 +84,8 @@ class DeriveSink:
         self._shapes = layer_shapes(info)
         self._routers = RouterDetector(info, config, plan)
         self._scalars = ScalarDetector(config, plan)
+        self._probe = ProbeDetector(config)
+        self._probed = ProbeHistory(info, self._probe.config.head_entropy)
         self._global_window = global_window
         self._accumulated = AccumulatedLoad(global_window)
         self._last_step: dict[type, int] = {}
@@ -92,7 +96,8 @@ class DeriveSink:
     @property
     def open_alerts(self) -> tuple[AlertRecord, ...]:
         """Latest state of every open episode."""
-        return self._routers.episodes.open_alerts + self._scalars.episodes.open_alerts
+        detectors = (self._routers, self._scalars, self._probe)
+        return tuple(alert for detector in detectors for alert in detector.episodes.open_alerts)
 
     def write(self, record: Record) -> None:
         """Pass `record` on, then write what follows from it. Raises only what `inner` raises."""
@@ -112,7 +117,8 @@ class DeriveSink:
         """Rebuild the state of an earlier attempt of the run without writing anything.
 
         Args:
-            records: LoadRecords and ScalarRecords before the step that training resumes at, oldest first.
+            records: LoadRecords, ScalarRecords and ProbeRecords before the step that training resumes at, oldest
+                first.
                 About 500 are enough to arm every rule and to fill every window but that of LOAD_DRIFT's
                 baseline.
             open_alerts: latest states of the episodes that were open then.
@@ -122,6 +128,7 @@ class DeriveSink:
         alerts = tuple(open_alerts)
         self._routers.restore(alerts)
         self._scalars.restore(alerts)
+        self._probe.restore(alerts)
         self._announced = {alert.episode: alert.severity for alert in self.open_alerts}
 
     def _derive(self, record: Record) -> list[Record]:
@@ -130,6 +137,8 @@ class DeriveSink:
                 return self._from_loads(record)
             if isinstance(record, ScalarRecord):
                 return [*self._rewound(record, self._scalars), *self._scalars.observe(record)]
+            if isinstance(record, ProbeRecord):
+                return self._from_probe(record)
         except Exception:
             self.failures += 1
             if self.failures == 1:
@@ -151,7 +160,14 @@ class DeriveSink:
         values = {name: np.asarray(value_L, dtype=np.float32) for name, value_L in live.items()}
         return [MetricRecord(step=record.step, values=values), *alerts]
 
-    def _rewound(self, record: LoadRecord | ScalarRecord, detector: _Detector) -> list[AlertRecord]:
+    def _from_probe(self, record: ProbeRecord) -> list[Record]:
+        alerts = self._rewound(record, self._probe)
+        found = self._probed.observe(record)
+        return [found, *alerts, *self._probe.observe(record, found)]
+
+    def _rewound(
+        self, record: LoadRecord | ScalarRecord | ProbeRecord, detector: _Detector
+    ) -> list[AlertRecord]:
         """Close what belongs to steps that training went back behind (a checkpoint was loaded)."""
         if isinstance(record, ScalarRecord) and not WATCHED & record.values.keys():
             return []  # an evaluation may be reported late; only what is trained on tells where training is
@@ -161,6 +177,8 @@ class DeriveSink:
             return []
         if isinstance(record, LoadRecord):
             self._accumulated = AccumulatedLoad(self._global_window)
+        if isinstance(record, ProbeRecord):
+            self._probed.restart()
         return detector.rewind(record.step, last)
 
     def _announce(self, alert: AlertRecord) -> None:

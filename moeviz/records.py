@@ -155,6 +155,24 @@ class SequenceRecord:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class ProbeRecord:
+    """What the routers did with the fixed probe: the same tokens every time, in evaluation mode. No part of any load."""
+
+    step: int
+    """Optimizer steps that the weights have seen: under `step` training starts from these weights."""
+    rank: int
+    sequences: SequenceRecord
+    """The probe itself, with the domain of each sequence."""
+    routings: tuple[TokenRoutingRecord, ...]
+    """One for each E and K; layers in which experts choose their tokens are left out."""
+    layer_values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """float32 [L] by name of the metric, what is not a function of the decisions alone: `probe_drift`, `router_cos`,
+    `pes` ...; NaN where it is not known."""
+    head_entropy: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """float32 [H], 0 to 1, by transformer block: `attn_entropy` of every head."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionRecord:
     """One attention map. Rows are queries and sum to 1 unless it was pooled."""
 
@@ -294,6 +312,7 @@ Record = (
     LoadRecord
     | TokenRoutingRecord
     | SequenceRecord
+    | ProbeRecord
     | AttentionRecord
     | LatentRecord
     | ScalarRecord

@@ -60,6 +60,8 @@ def watch(
     when: When = "training",
     adapters: Sequence[Adapter] = (),
     pack: bool = True,
+    probe_batch: Any = None,
+    probe_every: int = 100,
 ) -> Probe:
     """Watch a Mixture-of-Experts model from here on. Call it before torch.compile, and on every rank.
 
@@ -91,6 +93,10 @@ def watch(
         when: "training" measures forwards in train mode with gradients on, "always" every forward.
         adapters: for routers that moeviz does not know.
         pack: turn the run into one DuckDB file when it ends without an error.
+        probe_batch: a fixed probe, run in evaluation mode beside training to see decisions settle and experts
+            specialise: token ids [N, S], or the model's keyword arguments as a mapping, in which `domains` may name
+            each sequence. The same on every rank, and again after a resume.
+        probe_every: run the probe after every n-th step; 0: only when `Probe.run_probe` is called.
 
     Raises:
         ProbeError: a dense or compiled model, or routers that no adapter reads.
@@ -111,6 +117,8 @@ def watch(
         "when": when,
         "adapters": adapters,
         "process_group": ranks.group,
+        "probe_batch": probe_batch,
+        "probe_every": probe_every,
     }
     if sink is not None:
         return attach(model, sink, **options)

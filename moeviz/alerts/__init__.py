@@ -1,6 +1,6 @@
 """Collapse detection: rules over smoothed, noise-aware loads, one alert per episode.
 
-`RouterDetector` and `ScalarDetector` turn records into AlertRecords; `RULES` says what each means;
+`RouterDetector`, `ScalarDetector` and `ProbeDetector` turn records into AlertRecords; `RULES` says what each means;
 `AlertConfig` holds every threshold; `latest` and `grouped` order them for readers; `Notifier`
 tells them to a `Command` or a `Webhook`.
 """
@@ -9,6 +9,7 @@ from moeviz.alerts.config import RULE_VERSION, AlertConfig, RunPlan
 from moeviz.alerts.detector import RouterDetector
 from moeviz.alerts.grouping import AlertGroup, alert_line, grouped, latest
 from moeviz.alerts.notify import Command, Notifier, Webhook
+from moeviz.alerts.probe_detector import ProbeDetector
 from moeviz.alerts.rules import RULES, SEVERITIES, Rule, rule
 from moeviz.alerts.scalars import ScalarDetector
 
@@ -20,6 +21,7 @@ __all__ = [
     "AlertGroup",
     "Command",
     "Notifier",
+    "ProbeDetector",
     "RouterDetector",
     "Rule",
     "RunPlan",

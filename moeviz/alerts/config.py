@@ -126,6 +126,19 @@ class AlertConfig:
     explode_clip_after: int = 50
     """... or over this multiple of the clipping norm for this long."""
 
+    churn_passes: int = 5
+    churn_factor: float = 2.0
+    churn_floor: float = 0.1
+    """PROBE_CHURN above this multiple of the median of so many passes before, and above the floor."""
+    alike_line: float = 0.9
+    alike_clear: float = 0.85
+    """EXPERTS_ALIKE: mean cosine of experts' outputs (`pes`) or of the router's rows."""
+    head_entropy: float = 0.05
+    """ATTENTION_COLLAPSED: `attn_entropy` below which a head counts ..."""
+    head_share: float = 0.5
+    head_clear_share: float = 0.4
+    """... and the share of all heads."""
+
     circulating: bool = False
     """Also judge by rules that many repeat and nobody has a source for (`Rule.circulating`)."""
     circulating_experts: int = 8
@@ -145,6 +158,8 @@ class AlertConfig:
             value = getattr(self, item.name)
             if item.name != "swing_autocorr" and item.name != "swing_clear_autocorr" and value < 0:
                 raise MoevizError(f"{item.name}={value} is negative; thresholds of alerts are 0 or more")
+        if self.churn_passes < 1:
+            raise MoevizError(f"churn_passes={self.churn_passes} is below 1; 5 is the default")
         if self.raise_after < 1 or self.clear_after < 1:
             raise MoevizError(
                 f"raise_after={self.raise_after}, clear_after={self.clear_after}: both must be at least 1"

@@ -183,6 +183,36 @@ RULES: tuple[Rule, ...] = (
         "with a lower learning rate; keep router and loss in float32.",
     ),
     Rule(
+        id="PROBE_CHURN",
+        title="Routing of the probe moves again",
+        severity="info",
+        watches="share of the probe's decisions that changed since the last pass",
+        message="Routing of the fixed probe moves again in layer {layer}: {value:.0%} of its decisions changed since "
+        "the last pass, {usual:.0%} before.",
+        remedy="Decisions settle as the learning rate falls. Look at what changed near step {step}: the learning rate, "
+        "the mixture of data, the weight of the balance loss or the bias step.",
+    ),
+    Rule(
+        id="EXPERTS_ALIKE",
+        title="Experts alike",
+        severity="info",
+        watches="mean cosine of two experts' outputs, or of two rows of the router",
+        message="{what} of layer {layer} are nearly the same (mean cosine {value:.2f}): balanced, perhaps, but "
+        "redundant.",
+        remedy="Usual right after upcycling from a dense model; it should fall from there. If it stays: fewer or "
+        "smaller experts, a weaker auxiliary loss, or the orthogonality loss on the router.",
+    ),
+    Rule(
+        id="ATTENTION_COLLAPSED",
+        title="Attention collapsed",
+        severity="info",
+        watches="share of the heads that look at one key",
+        message="{heads} of {total} heads look at hardly more than one key (entropy below {entropy:.0%} of its "
+        "maximum): block.head {named}.",
+        remedy="Attention logits grow: lower the learning rate or lengthen its warm-up, normalise queries and keys "
+        "(qk_norm), add weight decay to their projections.",
+    ),
+    Rule(
         id="FIVE_PERCENT",
         title="Expert under 5 % (rule in circulation)",
         severity="warning",
@@ -238,6 +268,8 @@ RULES: tuple[Rule, ...] = (
         circulating=True,
     ),
 )
+PROBE_RULES = frozenset({"PROBE_CHURN", "EXPERTS_ALIKE", "ATTENTION_COLLAPSED"})
+"""Rules that are judged on passes over the fixed probe, not on training steps."""
 _BY_ID = {rule.id: rule for rule in RULES}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from moeviz.alerts.circulating import Circulating
 from moeviz.alerts.config import AlertConfig, RunPlan
 from moeviz.alerts.episodes import Episodes, Finding
+from moeviz.alerts.rules import PROBE_RULES
 from moeviz.alerts.scalar_rules import Divergence, Explosion, Judgement, Spike
 from moeviz.records import AlertRecord, ScalarRecord
 
@@ -102,7 +103,9 @@ class ScalarDetector:
 
     def restore(self, alerts: Iterable[AlertRecord]) -> None:
         """Adopt the open run-level episodes of an earlier attempt, to be updated and cleared here."""
-        self.episodes.restore(alert for alert in alerts if alert.layer is None)
+        self.episodes.restore(
+            alert for alert in alerts if alert.layer is None and alert.rule not in PROBE_RULES
+        )
 
     def rewind(self, step: int, last_step: int) -> list[AlertRecord]:
         """Training went back to `step`: statistics start anew and episodes of the undone steps are closed."""

@@ -15,8 +15,16 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from moeviz.records import AlertRecord, LoadRecord, ScalarRecord
+from moeviz.records import (
+    AlertRecord,
+    LoadRecord,
+    ProbeRecord,
+    ScalarRecord,
+    SequenceRecord,
+    TokenRoutingRecord,
+)
 from moeviz.store.cover import cover
 from moeviz.store.run import read_info
 from moeviz.store.schema import MEANS, TABLES
@@ -24,13 +32,15 @@ from moeviz.store.segments import read_segment, segment_names
 
 _log = logging.getLogger("moeviz.store")
 _LARGEST_STEP = (1 << 31) - 1
+_PASSES = 8
+"""Passes over the fixed probe that are read back."""
 
 
 class Past(NamedTuple):
     """State of a run before a step."""
 
-    records: list[LoadRecord | ScalarRecord]
-    """Of the newest steps, oldest first."""
+    records: list[LoadRecord | ScalarRecord | ProbeRecord]
+    """Of the newest steps, and the newest passes over the fixed probe; oldest first."""
     open_alerts: list[AlertRecord]
     """Latest state of every alert that was open then, in the order in which they were raised."""
 
@@ -47,8 +57,11 @@ def read_past(path: str | Path, before_step: int, rank: int = 0, steps: int = 50
     path = Path(path)
     num_experts = [layer.num_experts for layer in read_info(path).model.layers]
     first, last = before_step - steps, before_step - 1
-    records: list[LoadRecord | ScalarRecord] = [*_scalars(_rows(path, "scalars", rank, first, last), rank)]
+    records: list[LoadRecord | ScalarRecord | ProbeRecord] = [
+        *_scalars(_rows(path, "scalars", rank, first, last), rank)
+    ]
     records += _loads(_rows(path, "expert_load", rank, first, last), rank, num_experts)
+    records += _probes(path, rank, last)
     records.sort(key=lambda record: record.step)
     states = {alert.episode: alert for alert in _alerts(_rows(path, "alerts", rank, -1, last))}
     return Past(records, [alert for alert in states.values() if alert.cleared_step is None])
@@ -117,6 +130,57 @@ def _loads(rows: pa.Table, rank: int, num_experts: list[int]) -> Iterator[LoadRe
             },
             **tables,
         )
+
+
+def _probes(path: Path, rank: int, last: int) -> Iterator[ProbeRecord]:
+    """The newest passes over the fixed probe: enough to judge the next one. Similarities are not kept in their rows."""
+    sequences = _rows(path, "probe_sequences", rank, -1, last)
+    steps = np.unique(sequences["step"].to_numpy())[-_PASSES:]
+    if not len(steps):
+        return
+    routing = _rows(path, "probe_routing", rank, int(steps[0]), last)
+    for step in steps.tolist():
+        texts = sequences.filter(pc.field("step") == step).sort_by("seq").to_pydict()
+        decisions = routing.filter(pc.field("step") == step).sort_by(
+            [("layer", "ascending"), ("seq", "ascending")]
+        )
+        lengths_N = np.array(texts["n_tokens"], dtype=np.int32)
+        ids_NS = np.zeros((len(lengths_N), int(lengths_N.max(initial=0))), dtype=np.int32)
+        for n, ids in enumerate(texts["token_ids"]):
+            ids_NS[n, : len(ids)] = ids
+        seqs = np.array(texts["seq"], dtype=np.int64)
+        routings = tuple(
+            _routing(layer, decisions.filter(pc.field("layer") == layer).to_pydict(), step, seqs, lengths_N)
+            for layer in np.unique(decisions["layer"].to_numpy()).tolist()
+        )
+        text = SequenceRecord(
+            step=step,
+            rank=rank,
+            seqs=seqs,
+            token_ids_NS=ids_NS,
+            lengths_N=lengths_N,
+            domains=tuple(texts["domain"]),
+        )
+        yield ProbeRecord(step=step, rank=rank, sequences=text, routings=routings)
+
+
+def _routing(
+    layer: int, rows: dict[str, list], step: int, seqs: np.ndarray, lengths_N: np.ndarray
+) -> TokenRoutingRecord:
+    """The decisions of one layer, without gate weights: no rule asks for them."""
+    top_k = rows["k"][0]
+    experts_NSK = np.zeros((len(seqs), int(lengths_N.max(initial=0)), top_k), dtype=np.uint16)
+    for n, ids in enumerate(rows["experts"]):
+        experts_NSK[n, : lengths_N[n]] = np.reshape(ids, (-1, top_k))
+    return TokenRoutingRecord(
+        step=step,
+        rank=rows["rank"][0],
+        layers=np.array([layer]),
+        seqs=seqs,
+        experts_LNSK=experts_NSK[None],
+        weights_LNSK=np.zeros((1, *experts_NSK.shape), dtype=np.float32),
+        lengths_N=lengths_N,
+    )
 
 
 def _padded(lists: list[list | None], shape: tuple[int, int], dtype: type) -> np.ndarray | None:

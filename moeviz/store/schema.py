@@ -259,6 +259,22 @@ TABLES: dict[str, Table] = {
         ATTENTION,
         LATENTS,
         METRICS,
+PROBE_ROUTING = Table(
+    "probe_routing",
+    "Decisions about the fixed probe: the same tokens every time, in evaluation mode, apart from training's routing.",
+    ROUTING.columns,
+    ROUTING.order,
+    on_request=True,
+)
+
+PROBE_SEQUENCES = Table(
+    "probe_sequences",
+    "The tokens of the fixed probe and the domain of each sequence, at every step at which it was run.",
+    SEQUENCES.columns,
+    SEQUENCES.order,
+    on_request=True,
+)
+
         SCALARS,
         ALERTS,
         EVENTS,
@@ -271,6 +287,8 @@ TABLES: dict[str, Table] = {
 """
 
 VOCAB_SCHEMA = pa.schema([("token_id", _I32), ("text", _TEXT)])
+        PROBE_SEQUENCES,
+        PROBE_ROUTING,
 """vocab.parquet, once per run: the text of each token id."""
 
 
