@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moeviz.capture.collect import StepSums
 from moeviz.capture.failures import PATIENCE, Failures, ProbeError
+from moeviz.capture.fixed_probe import FixedProbe, ProbePass, probe_inputs
 from moeviz.capture.load_batch import LoadBatch, LoadSource
 from moeviz.capture.rank_sum import RankSum
 from moeviz.capture.reading import Adapter
@@ -49,6 +50,8 @@ def attach(
     adapters: Sequence[Adapter] = (),
     defer: bool = False,
     process_group: Any = None,
+    probe_batch: Any = None,
+    probe_every: int = 0,
 ) -> Probe:
     """Watch a model, before it is compiled.
 
@@ -63,9 +66,12 @@ def attach(
         adapters: for routers that moeviz does not know; asked first.
         defer: the sink takes deferred work (objects with `materialize()`) into a thread of its own.
         process_group: sum loads over its ranks (a gloo group that nobody else uses); rank 0 writes them.
+        probe_batch: fixed tokens that are run again and again, see `fixed_probe.probe_inputs`; on every rank.
+        probe_every: run them at the end of every n-th step; 0: only when `Probe.run_probe` is called.
 
     Raises:
         ProbeError: a dense or compiled model, routers that no adapter reads, or an info of another model.
+        MoevizError: a probe_batch without token ids, or a negative probe_every.
     """
     sites = find_sites(model, adapters)
     if info is not None and _shape(info) != _shape(sites.info):
@@ -73,7 +79,13 @@ def attach(
             f"info has layers of (experts, top-k) {_shape(info)} but the model has {_shape(sites.info)}; "
             "leave info out, or describe this model"
         )
+    if probe_every < 0:
+        raise MoevizError(f"probe_every={probe_every} is negative; give 0 for never, or a positive number")
     probe = Probe(info or sites.info, sink, rank, first_step, defer, process_group)
+    if probe_batch is not None:
+        inputs = probe_inputs(probe_batch, sites.root)
+        probe._fixed = FixedProbe(sites, inputs, rank=rank, record=process_group is None or rank == 0)
+        probe._probe_every = probe_every
     probe._tap = Tap(sites, policy or SamplingPolicy(), when, probe._failed)
     probe._tap.step = first_step
     layers = tuple(group.layers for group in probe._tap.collector.groups)
@@ -106,6 +118,8 @@ class Probe:
         self._recorded = False
         self._closed = False
         self._seconds = 0.0
+        self._fixed: FixedProbe | None = None
+        self._probe_every = 0
 
     def step(self, step: int | None = None, **scalars: float | Tensor) -> None:
         """End an optimizer step: everything since the last call belongs to it.
@@ -136,6 +150,31 @@ class Probe:
         if self.failures.exhausted and self._tap.attached:
             self._give_up()
         self._step = self._tap.step = number + 1
+        self._seconds += time.perf_counter() - began
+        if self._probe_every and (number + 1) % self._probe_every == 0:
+            self.run_probe()
+
+    def run_probe(self, step: int | None = None) -> None:
+        """Run the fixed probe once, in evaluation mode and without a trace in training; nothing without one.
+
+        `step` does so by itself every `probe_every` steps; call this before the first step for the untrained model.
+        With several ranks all of them must call it.
+
+        Args:
+            step: optimizer steps that the weights have seen; by default the number of the step in progress.
+        """
+        if self._fixed is None or self._closed or not self._tap.attached:
+            return
+        began = time.perf_counter()
+        self._tap.paused = True
+        try:
+            seen = self._fixed.run(self._step if step is None else step)
+            if seen is not None:
+                self._hand_on(seen)
+        except Exception as error:
+            self._failed("the fixed probe", error)
+        finally:
+            self._tap.paused = False
         self._seconds += time.perf_counter() - began
 
     def discard(self) -> None:
@@ -312,7 +351,7 @@ class Probe:
                     "adapter"
                 )
 
-    def _hand_on(self, batch: LoadBatch | SampleBatch) -> None:
+    def _hand_on(self, batch: LoadBatch | SampleBatch | ProbePass) -> None:
         if self._defer:
             self._sink.write(batch)  # type: ignore[arg-type]  # a sink with defer=True takes deferred work
             return

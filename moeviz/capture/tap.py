@@ -66,6 +66,8 @@ class Tap:
         """Number of the step in progress; decides what is sampled."""
         self.micro_batch: MicroBatch | None = None
         """The last one that was watched in this step."""
+        self.paused = False
+        """True while the fixed probe runs: its tokens are no part of any step."""
         self._router_slots = [RouterSlot() for _ in sites.routers]
         self._core_slots = [CoreSlot() for _ in sites.cores]
         self._handles: list[Handle] = []
@@ -128,7 +130,7 @@ class Tap:
     def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._sleep()
         trains = self._root.training and torch.is_grad_enabled()
-        if in_backward() or not (trains or self._when == "always"):
+        if self.paused or in_backward() or not (trains or self._when == "always"):
             return
         try:
             if self._filled:
