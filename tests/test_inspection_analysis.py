@@ -42,7 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Analysi
     run = tmp_path_factory.mktemp("analysis") / "run"
     told: list[str] = []
     values = analyze(
-        opened(tiny_model()), probe(), run, modes=("zero", "reroute"), against=opened(other_model()),
+        opened(tiny_model()), probe(), run, modes=("zero", "reroute"), against=[opened(other_model())],
         progress=told.append,
     )  # fmt: skip
     return run, values, told
@@ -211,9 +211,9 @@ def test_against_counts_kept_experts(found: tuple[Path, tuple[AnalysisValue, ...
             len({*a} & {*b}) / K
             for a, b in zip(now[layer][0].tolist(), before[layer][0].tolist(), strict=True)
         ]
-        assert value_of(found[1], "saturation", layer) == pytest.approx(np.mean(kept))
-        assert value_of(found[1], "churn", layer) == pytest.approx(1 - np.mean(kept))
-        assert value_of(found[1], "probe_drift", layer) > 0
+        assert value_of(found[1], "saturation", layer, label="tiny") == pytest.approx(np.mean(kept))
+        assert value_of(found[1], "churn", layer, label="tiny") == pytest.approx(1 - np.mean(kept))
+        assert value_of(found[1], "probe_drift", layer, label="tiny") > 0
 
 
 def test_every_head_is_measured(

@@ -41,8 +41,11 @@ class AnalyzeArguments:
     data: str | None = None
     """Text to take the probe from: a file, a folder, `builtin` or `generated`. Default: the checkpoint's own
     held-out text; `generated` for a Hugging Face folder."""
-    against: Path | None = None
-    """An earlier checkpoint of the same run: how many decisions have changed since."""
+    against: tuple[Path, ...] = ()
+    """Earlier checkpoints of the same run: how many decisions have changed since. With two or more, also what share
+    of the tokens was still moving at each."""
+    gradients: bool = False
+    """Also run the probe backwards once: the gradient that every expert gets."""
     knockout: bool = False
     """Also remove every expert in turn: one forward pass of the probe per expert and mode."""
     modes: tuple[Literal["reroute", "zero"], ...] = ("reroute", "zero")
@@ -67,7 +70,7 @@ def main(argv: list[str]) -> int:
     from moeviz.inspection.findings_report import print_findings, print_findings_json
 
     checkpoint = open_checkpoint(arguments.checkpoint)
-    against = None if arguments.against is None else open_checkpoint(arguments.against)
+    against = [open_checkpoint(path) for path in arguments.against]
     probe = probe_of(checkpoint, arguments)
     run = arguments.run or Path("runs") / f"analyze-{checkpoint.name}-{datetime.now():%Y%m%d-%H%M%S}"
     modes = arguments.modes if arguments.knockout else ()
@@ -83,6 +86,7 @@ def main(argv: list[str]) -> int:
             run,
             modes=modes,
             against=against,
+            gradients=arguments.gradients,
             progress=lambda text: bar.update(task, advance=1, description=text),
         )
     if arguments.json:

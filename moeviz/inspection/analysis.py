@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-from moeviz.capture.reading import RouterSite
 from moeviz.capture.sites import Sites, find_sites
-from moeviz.errors import MoevizError
 from moeviz.inspection import findings
 from moeviz.inspection.checkpoint import OpenedCheckpoint
+from moeviz.inspection.decisions import balance_losses, decisions, pooled_loss
+from moeviz.inspection.expert_weights import gradient_norms, router_rows, weights_apart
 from moeviz.inspection.experts_apart import knockouts, outputs_apart
 from moeviz.inspection.heads import heads
+from moeviz.inspection.over_checkpoints import over_checkpoints
 from moeviz.inspection.probe_batch import ProbeBatch
 from moeviz.inspection.readings import ModelReading, losses, read_model
+from moeviz.inspection.token_classes import diets
 from moeviz.metrics.importance import Removal
 from moeviz.policy import SamplingPolicy
 from moeviz.records import AnalysisRecord, AnalysisValue
@@ -45,7 +46,8 @@ def analyze(
     run: Path,
     *,
     modes: Sequence[Removal] = (),
-    against: OpenedCheckpoint | None = None,
+    against: Sequence[OpenedCheckpoint] = (),
+    gradients: bool = False,
     progress: Progress = lambda text: None,
 ) -> tuple[AnalysisValue, ...]:
     """Analyse a checkpoint on a probe and store probe and findings as a new run.
@@ -55,7 +57,9 @@ def analyze(
         probe: the tokens.
         run: folder of the new run.
         modes: ways to remove each expert in turn, one forward pass of the probe each; empty: none.
-        against: an earlier checkpoint of the same model, for saturation, churn and drift.
+        against: other checkpoints of the same model, for saturation, churn, drift and, with two or more, the last
+            fluctuation.
+        gradients: also one backward pass, for the gradient at every expert.
         progress: told after every part.
 
     Raises:
@@ -66,8 +70,10 @@ def analyze(
     reading = read_model(model, sites.routers, probe.token_ids_NS, lambda: None)
     found = _of_layers(reading, sites, probe, checkpoint.token_texts, progress)
     found += findings.journeys(reading.layers)
-    if against is not None:
-        found += _against(reading, sites, probe, against)
+    found += pooled_loss(reading.layers)
+    found += over_checkpoints(checkpoint, reading, sites, probe, against)
+    if gradients:
+        found += gradient_norms(model, reading.layers, probe.token_ids_NS)
     blocks = tuple(core.layer for core in sites.info.attentions)
     vocab_size = len(checkpoint.token_texts) or int(probe.token_ids_NS.max()) + 1
     found += heads(
@@ -89,10 +95,15 @@ def _of_layers(
         found += findings.loads(layer, one)
         found += findings.dependence(layer, one, probe)
         found += findings.domains(layer, one, probe)
-        found += findings.vocabulary(layer, one, probe, texts)
+        found += findings.vocabulary(layer, one, probe, texts, reading.predicted_NS)
+        found += diets(layer, one, probe, texts)
         found += findings.repeats(layer, one, probe)
         found += findings.partners(layer, one)
-        found += findings.alike(layer, one, _router_rows(site))
+        rows_ED = router_rows(site)
+        found += decisions(layer, one, rows_ED)
+        found += balance_losses(layer, one, probe)
+        found += findings.alike(layer, one, rows_ED)
+        found += weights_apart(layer, one)
         found += outputs_apart(layer, one)
         progress(f"layer {layer}")
     return found
@@ -100,34 +111,6 @@ def _of_layers(
 
 def _naming(progress: Progress, text: str) -> Callable[[], None]:
     return lambda: progress(text)
-
-
-def _router_rows(site: RouterSite) -> np.ndarray | None:
-    """The router's weight, one row per expert; None where it has no such matrix."""
-    weight = getattr(site.module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or len(weight) != site.num_experts:
-        return None
-    return weight.detach().double().cpu().numpy()
-
-
-def _against(
-    reading: ModelReading, sites: Sites, probe: ProbeBatch, against: OpenedCheckpoint
-) -> list[AnalysisValue]:
-    other = find_sites(against.model)
-    shape = [[(each.num_experts, each.top_k) for each in found.routers] for found in (sites, other)]
-    if shape[0] != shape[1]:
-        raise MoevizError(
-            f"{against.path} has layers of (experts, top-k) {shape[1]}, the checkpoint {shape[0]}; "
-            "compare checkpoints of one run"
-        )
-    if int(probe.token_ids_NS.max()) >= len(against.token_texts):
-        raise MoevizError(f"{against.path} has another vocabulary; compare checkpoints of one run")
-    earlier = read_model(against.model.eval(), other.routers, probe.token_ids_NS, lambda: None)
-    return [
-        value
-        for layer, (one, before) in enumerate(zip(reading.layers, earlier.layers, strict=True))
-        for value in findings.changed(layer, one, before)
-    ]
 
 
 def _record(

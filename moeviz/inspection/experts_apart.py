@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from moeviz.capture.reading import RouterSite
-from moeviz.inspection.findings import expert_value, layer_value
+from moeviz.inspection.expert_answers import expert_answer
+from moeviz.inspection.findings import ROUNDS, expert_value, layer_value
 from moeviz.inspection.probe_batch import ProbeBatch
-from moeviz.inspection.readings import LayerReading, expert_output, losses
+from moeviz.inspection.readings import LayerReading, losses
 from moeviz.inspection.removal import without_expert
 from moeviz.metrics import importance, similarity
 from moeviz.metrics.importance import Removal
@@ -22,37 +23,72 @@ from moeviz.records import AnalysisValue
 
 PES_TOKENS = 256
 """Tokens that all experts of a layer are run on: E forward passes of one layer."""
+CKA_ROUNDS = 5
+"""Permutations of the null of CKA, each as dear as the value."""
 ALL = "all"
 """Label of a knock-out over the whole probe."""
 
 
 def outputs_apart(layer: int, reading: LayerReading) -> list[AnalysisValue]:
-    """`reap` of every expert and `pes` of the layer; nothing where experts cannot be called on their own."""
+    """What experts make of the same tokens: `pes`, CKA, the coupling to the router, and `reap` of every expert.
+
+    Nothing where experts cannot be called on their own.
+    """
     if reading.experts is None or reading.inputs_TD is None:
         return []
-    num_tokens, top_k = reading.ids_TK.shape
-    num_experts = reading.probs_TE.shape[1]
+    num_tokens, num_experts = reading.probs_TE.shape
+    some = slice(0, num_tokens, max(1, num_tokens // PES_TOKENS))
+    size = len(range(*some.indices(num_tokens)))
+    answers = [expert_answer(reading, torch.full((size,), expert), some) for expert in range(num_experts)]
+    outputs_ETD = torch.stack([each.outputs_TD for each in answers]).double().cpu().numpy()
+    found = [layer_value(layer, "pes", similarity.pes(outputs_ETD.transpose(1, 0, 2)), 0.0)]
+    if num_experts > 1:
+        found += _cka(layer, outputs_ETD)
+    norms = [each.hidden_norm_T for each in answers]
+    if all(norm is not None for norm in norms):
+        norms_TE = np.stack([norm.double().cpu().numpy() for norm in norms if norm is not None], axis=1)
+        found.append(_coupling(layer, reading.probs_TE[some], norms_TE))
+    return found + _saliency(layer, reading)
+
+
+def _cka(layer: int, outputs_ETD: np.ndarray) -> list[AnalysisValue]:
+    """Mean and largest CKA of two experts, against experts that saw the tokens in another order."""
+    pairs = similarity.off_diagonal(similarity.cka_matrix(outputs_ETD))
+    rng = np.random.default_rng(0)
+    null_R = [
+        similarity.off_diagonal(
+            similarity.cka_matrix(np.stack([rng.permutation(each_TD) for each_TD in outputs_ETD]))
+        ).mean
+        for _ in range(CKA_ROUNDS)
+    ]
+    return [
+        layer_value(layer, "linear_cka", pairs.mean, np.mean(null_R), np.std(null_R)),
+        layer_value(layer, "linear_cka_max", pairs.max),
+    ]
+
+
+def _coupling(layer: int, scores_TE: np.ndarray, norms_TE: np.ndarray) -> AnalysisValue:
+    """`coupling` against scores that stay with their token but go to other experts."""
+    rng = np.random.default_rng(0)
+    null_R = [similarity.coupling(rng.permuted(scores_TE, axis=1), norms_TE) for _ in range(ROUNDS)]
+    value = similarity.coupling(scores_TE, norms_TE)
+    return layer_value(layer, "coupling", value, np.mean(null_R), np.std(null_R))
+
+
+def _saliency(layer: int, reading: LayerReading) -> list[AnalysisValue]:
     norms_TK = np.stack(
         [
-            expert_output(reading, torch.from_numpy(reading.ids_TK[:, slot]))
-            .double()
+            expert_answer(reading, torch.from_numpy(reading.ids_TK[:, slot]))
+            .outputs_TD.double()
             .norm(dim=-1)
             .cpu()
             .numpy()
-            for slot in range(top_k)
+            for slot in range(reading.ids_TK.shape[1])
         ],
         axis=1,
     )
-    saliency_E = importance.reap(reading.weights_TK, reading.ids_TK, norms_TK, num_experts)
-    some = slice(0, num_tokens, max(1, num_tokens // PES_TOKENS))
-    size = len(range(*some.indices(num_tokens)))
-    outputs_TED = torch.stack(
-        [expert_output(reading, torch.full((size,), expert), some) for expert in range(num_experts)], dim=1
-    )
-    found = [
-        expert_value(layer, at, "reap", each) for at, each in enumerate(saliency_E) if not np.isnan(each)
-    ]
-    return [layer_value(layer, "pes", similarity.pes(outputs_TED.double().cpu().numpy())), *found]
+    saliency_E = importance.reap(reading.weights_TK, reading.ids_TK, norms_TK, reading.probs_TE.shape[1])
+    return [expert_value(layer, at, "reap", each) for at, each in enumerate(saliency_E) if not np.isnan(each)]
 
 
 def knockouts(

@@ -16,8 +16,8 @@ import numpy as np
 
 from moeviz.inspection.probe_batch import ProbeBatch
 from moeviz.inspection.readings import LayerReading
-from moeviz.metrics import change, coactivation, load, paths, similarity, specialization
-from moeviz.metrics.information import Null, information
+from moeviz.metrics import coactivation, load, paths, similarity, specialization
+from moeviz.metrics.information import Null, conditional_entropy, contingency, information
 from moeviz.metrics.losses import router_orth
 from moeviz.records import AnalysisValue
 
@@ -32,7 +32,12 @@ Number = float | np.floating[Any] | np.ndarray
 
 
 def layer_value(
-    layer: int, name: str, value: Number, null_mean: Number = np.nan, null_sd: Number = np.nan
+    layer: int,
+    name: str,
+    value: Number,
+    null_mean: Number = np.nan,
+    null_sd: Number = np.nan,
+    label: str = "",
 ) -> AnalysisValue:
     return AnalysisValue(
         part="layer",
@@ -42,6 +47,7 @@ def layer_value(
         value=float(value),
         null_mean=float(null_mean),
         null_sd=float(null_sd),
+        label=label,
     )
 
 
@@ -67,7 +73,10 @@ def expert_value(
 
 
 def dependence(layer: int, reading: LayerReading, probe: ProbeBatch) -> list[AnalysisValue]:
-    """Information of first choices about token, position and domain, nats, plug-in beside its permutation null."""
+    """Information of first choices about token, position and domain, nats, plug-in beside its permutation null.
+
+    `u_...` is the share of the first choices' entropy that is known, without what chance would know.
+    """
     num_seqs, length = probe.token_ids_NS.shape
     num_experts, first_T = reading.probs_TE.shape[1], reading.ids_TK[:, 0]
     sequences_T = np.repeat(np.arange(num_seqs), length)
@@ -81,7 +90,26 @@ def dependence(layer: int, reading: LayerReading, probe: ProbeBatch) -> list[Ana
     for name, (labels_T, null) in labels.items():
         known = information(labels_T, first_T, num_experts, null=null, sequences_N=sequences_T, rounds=ROUNDS)
         found.append(layer_value(layer, name, known.plugin, known.null_mean, known.null_sd))
-    return found
+        found.append(layer_value(layer, name.replace("mi_", "u_"), known.coefficient))
+    return found + _domain_beyond_vocabulary(layer, reading, probe)
+
+
+def _domain_beyond_vocabulary(layer: int, reading: LayerReading, probe: ProbeBatch) -> list[AnalysisValue]:
+    """`mi_domain_given_token` against domains exchanged between sequences; nothing where no token is frequent."""
+    if not probe.tells_domains:
+        return []
+    num_experts, types_T = reading.probs_TE.shape[1], probe.token_ids_NS.ravel()
+
+    def beyond(domain_N: np.ndarray) -> float:
+        domains_T = np.repeat(domain_N, probe.token_ids_NS.shape[1])
+        return specialization.mi_domain_given_token(domains_T, types_T, reading.ids_TK[:, 0], num_experts)
+
+    value = beyond(probe.domain_ids_N)
+    if np.isnan(value):
+        return []
+    rng = np.random.default_rng(0)
+    null_R = np.array([beyond(rng.permutation(probe.domain_ids_N)) for _ in range(ROUNDS)])
+    return [layer_value(layer, "mi_domain_given_token", value, np.nanmean(null_R), np.nanstd(null_R))]
 
 
 def domains(layer: int, reading: LayerReading, probe: ProbeBatch) -> list[AnalysisValue]:
@@ -121,23 +149,29 @@ def sequence_counts(ids_TK: np.ndarray, num_experts: int, num_seqs: int) -> np.n
 
 
 def vocabulary(
-    layer: int, reading: LayerReading, probe: ProbeBatch, texts: Sequence[str]
+    layer: int, reading: LayerReading, probe: ProbeBatch, texts: Sequence[str], predicted_NS: np.ndarray
 ) -> list[AnalysisValue]:
     """`vocab_spec_layer` against shuffled tokens, and the tokens each expert takes most beyond its share.
 
-    The null of one token and expert is the expert's share of all tokens, with the binomial spread of N_x draws.
+    By the token that is read, and labelled `next token` and `predicted token` by the one that follows and the one that
+    the model expects. The null of one token and expert is the expert's share of all tokens, with the binomial spread
+    of N_x draws.
     """
-    num_experts, types_T = reading.probs_TE.shape[1], probe.token_ids_NS.ravel()
-    kinds_V, seen_V, table_VE = specialization.vocab_counts(types_T, reading.ids_TK, num_experts)
-    rng = np.random.default_rng(0)
-    null_R = [
-        specialization.vocab_spec_layer(
-            specialization.vocab_counts(rng.permutation(types_T), reading.ids_TK, num_experts)[2], seen_V
-        )
-        for _ in range(ROUNDS)
+    ids_NSK = reading.ids_TK.reshape(*probe.token_ids_NS.shape, -1)
+    types_T = probe.token_ids_NS.ravel()
+    found = [
+        _vocabulary_of_layer(layer, reading, types_T, reading.ids_TK, ""),
+        _vocabulary_of_layer(
+            layer,
+            reading,
+            probe.token_ids_NS[:, 1:].ravel(),
+            ids_NSK[:, :-1].reshape(-1, ids_NSK.shape[-1]),
+            "next token",
+        ),
+        _vocabulary_of_layer(layer, reading, predicted_NS.ravel(), reading.ids_TK, "predicted token"),
     ]
-    whole = specialization.vocab_spec_layer(table_VE, seen_V)
-    found = [layer_value(layer, "vocab_spec_layer", whole, np.mean(null_R), np.std(null_R))]
+    num_experts = reading.probs_TE.shape[1]
+    kinds_V, seen_V, table_VE = specialization.vocab_counts(types_T, reading.ids_TK, num_experts)
     share_VE = specialization.vocab_spec(table_VE, seen_V)
     cover_E = table_VE.sum(axis=0) / len(types_T)
     sd_VE = np.sqrt(cover_E * (1 - cover_E) / seen_V[:, None])
@@ -151,6 +185,21 @@ def vocabulary(
                 value, sd = share_VE[at, expert], sd_VE[at, expert]
                 found.append(expert_value(layer, expert, "vocab_spec", value, cover_E[expert], sd, text))
     return found
+
+
+def _vocabulary_of_layer(
+    layer: int, reading: LayerReading, types_T: np.ndarray, ids_TK: np.ndarray, label: str
+) -> AnalysisValue:
+    num_experts, rng = reading.probs_TE.shape[1], np.random.default_rng(0)
+
+    def measure(types_T: np.ndarray) -> float:
+        _, seen_V, table_VE = specialization.vocab_counts(types_T, ids_TK, num_experts)
+        return specialization.vocab_spec_layer(table_VE, seen_V)
+
+    null_R = [measure(rng.permutation(types_T)) for _ in range(ROUNDS)]
+    return layer_value(
+        layer, "vocab_spec_layer", measure(types_T), np.mean(null_R), np.std(null_R), label=label
+    )
 
 
 def repeats(layer: int, reading: LayerReading, probe: ProbeBatch) -> list[AnalysisValue]:
@@ -210,7 +259,8 @@ def alike(layer: int, reading: LayerReading, router_ED: np.ndarray | None) -> li
     if reading.inputs_TD is not None:
         hidden_TD = reading.inputs_TD.double().cpu().numpy()
         scatter = similarity.representation_collapse(hidden_TD, reading.ids_TK[:, 0])
-        found.append(layer_value(layer, "rc_ratio", scatter.ratio))
+        if np.isfinite(scatter.rc):  # else all tokens have one first choice
+            found += [layer_value(layer, "rc", scatter.rc), layer_value(layer, "rc_ratio", scatter.ratio)]
     return found
 
 
@@ -219,10 +269,13 @@ def journeys(readings: Sequence[LayerReading]) -> list[AnalysisValue]:
     found = []
     for layer in range(len(readings) - 1):
         here_T, next_T = readings[layer].ids_TK[:, 0], readings[layer + 1].ids_TK[:, 0]
-        known = information(here_T, next_T, readings[layer + 1].probs_TE.shape[1], rounds=ROUNDS)
+        num_next = readings[layer + 1].probs_TE.shape[1]
+        known = information(here_T, next_T, num_next, rounds=ROUNDS)
+        table_EF = contingency(here_T, next_T, num_next)
         found += [
             layer_value(layer, "mi_layer", known.plugin, known.null_mean, known.null_sd),
             layer_value(layer, "u_layer", known.coefficient),
+            layer_value(layer, "cond_entropy_layer", conditional_entropy(table_EF), known.expert_nats),
         ]
     taken = paths.paths(np.stack([reading.ids_TK[:, 0] for reading in readings]))
     whole = {
@@ -233,22 +286,4 @@ def journeys(readings: Sequence[LayerReading]) -> list[AnalysisValue]:
     return found + [
         AnalysisValue(part="run", layer=-1, index=-1, name=name, value=float(value))
         for name, value in {**whole, "tokens": taken.tokens}.items()
-    ]
-
-
-def changed(layer: int, reading: LayerReading, other: LayerReading) -> list[AnalysisValue]:
-    """This checkpoint's decisions against another one's on the same tokens."""
-    top_k, num_experts = reading.ids_TK.shape[1], reading.probs_TE.shape[1]
-    kept = float(change.saturation(other.ids_TK, reading.ids_TK))
-    first = float(change.saturation(other.ids_TK[:, :1], reading.ids_TK[:, :1]))
-    chance, tokens = top_k / num_experts, len(reading.ids_TK)
-    sd = np.sqrt(chance * (1 - chance) / (tokens * top_k))
-    adjusted = float(change.saturation_adj(kept, top_k, num_experts)) if top_k < num_experts else np.nan
-    return [
-        layer_value(layer, "saturation", kept, chance, sd),
-        layer_value(layer, "saturation_top1", first, 1 / num_experts),
-        layer_value(layer, "saturation_adj", adjusted),
-        layer_value(layer, "churn", change.churn(other.ids_TK, reading.ids_TK), 1 - chance, sd),
-        layer_value(layer, "flip1", change.flip1(other.ids_TK, reading.ids_TK)),
-        layer_value(layer, "probe_drift", change.probe_drift(other.probs_TE, reading.probs_TE)),
     ]

@@ -20,9 +20,30 @@ from moeviz.inspection.checkpoint import OpenedCheckpoint
 from moeviz.inspection.probe_batch import ProbeBatch
 from moeviz.records import AnalysisValue
 
-_LAYER_NAMES = ("load_entropy", "nmi_domain", "mi_token", "mi_pos", "mi_domain", "vocab_spec_layer")
-_BETWEEN = ("repeat_first", "repeat_any", "mi_layer", "router_cos", "pes", "coact_lift_max")
-_CHANGE = ("saturation", "churn", "flip1", "probe_drift")
+_LAYER_NAMES = (
+    "load_entropy",
+    "nmi_domain",
+    "mi_token",
+    "mi_pos",
+    "mi_domain",
+    "mi_domain_given_token",
+    "vocab_spec_layer",
+    "expert_token_entropy",
+)
+_BETWEEN = (
+    "repeat_first",
+    "repeat_any",
+    "mi_layer",
+    "router_cos",
+    "expert_w_cos",
+    "linear_cka",
+    "pes",
+    "coupling",
+    "rc",
+    "coact_lift_max",
+)
+_DECISIONS = ("margin12", "gate_eff", "gate_mass", "logit_rms", "logit_max", "router_norm", "aux_seq")
+_CHANGE = ("saturation", "churn", "flip1", "probe_drift", "router_update_ratio", "last_fluctuation")
 _CELL_WIDTH = 25
 _EXPERTS = 4
 """Experts of a layer on the page; all are in the run."""
@@ -52,7 +73,8 @@ def print_findings(
     for title, names in (
         ("layers", _LAYER_NAMES),
         ("between tokens, layers and experts", _BETWEEN),
-        ("since the other checkpoint", _CHANGE),
+        ("decisions", _DECISIONS),
+        ("since another checkpoint", _CHANGE),
     ):
         _print_layers(console, values, title, names)
     console.print(_expert_table(values))
@@ -83,18 +105,26 @@ def _number(value: float) -> str:
 def _print_layers(
     console: Console, values: Sequence[AnalysisValue], title: str, names: Sequence[str]
 ) -> None:
-    """A row per layer, a column per quantity; as many tables as the width of the terminal asks for."""
-    found = {(each.layer, each.name): each for each in values if each.part == "layer"}
-    shown = [name for name in names if any(at[1] == name for at in found)]
+    """A row per layer (and other checkpoint), a column per quantity; as many tables as the width asks for."""
+    found = {
+        (each.layer, each.label, each.name): each
+        for each in values
+        if each.part == "layer" and each.name in names
+    }
+    shown = [name for name in names if any(at[2] == name for at in found)]
+    labels = any(label for _, label, _ in found)
     room = max(1, (console.width - 6) // _CELL_WIDTH)
     for first in range(0, len(shown), room):
         table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
         table.add_column("layer", justify="right")
+        if labels:
+            table.add_column("by", no_wrap=True)
         for name in shown[first : first + room]:
             table.add_column(name, justify="right", no_wrap=True)
-        for layer in sorted({layer for layer, _ in found}):
-            cells = (found.get((layer, name)) for name in shown[first : first + room])
-            table.add_row(str(layer), *(Text("") if each is None else cell(each) for each in cells))
+        for layer, label in dict.fromkeys((layer, label) for layer, label, _ in found):
+            cells = (found.get((layer, label, name)) for name in shown[first : first + room])
+            texts = (Text("") if each is None else cell(each) for each in cells)
+            table.add_row(str(layer), *([label] if labels else []), *texts)
         console.print(table)
         title = ""
 

@@ -34,10 +34,14 @@ class LayerReading:
     """float64."""
     probs_TE: np.ndarray
     """Normalised scores, float64."""
+    logits_TE: np.ndarray
+    """float64, without selection bias."""
     inputs_TD: Tensor | None
     """What the experts were given, on the model's device; None where the layer has no such module."""
     experts: nn.Module | None
     """Called as experts(x, ids, weights)."""
+    dropped_E: np.ndarray | None = None
+    """Assignments of each expert that a capacity limit dropped; None for a dropless layer."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +51,8 @@ class ModelReading:
     layers: tuple[LayerReading, ...]
     loss_NS: np.ndarray
     """float64, nats, of predicting the next token: [N, S-1]."""
+    predicted_NS: np.ndarray
+    """The likeliest next token after every token, int64."""
 
 
 @torch.no_grad()
@@ -56,8 +62,16 @@ def read_model(
     """Run the probe once in evaluation mode. `tick` is called after every batch."""
     with ExitStack() as hooks:
         taps = [hooks.enter_context(_tapped(model, site)) for site in sites]
-        loss_NS = losses(model, token_ids_NS, tick)
-    return ModelReading(layers=tuple(tap.read() for tap in taps), loss_NS=loss_NS)
+        predicted: list[np.ndarray] = []
+        loss_NS = losses(
+            model,
+            token_ids_NS,
+            tick,
+            look=lambda logits_BSV: predicted.append(logits_BSV.argmax(dim=-1).cpu().numpy()),
+        )
+    return ModelReading(
+        layers=tuple(tap.read() for tap in taps), loss_NS=loss_NS, predicted_NS=np.concatenate(predicted)
+    )
 
 
 @torch.no_grad()
@@ -67,19 +81,37 @@ def losses(
     tick: Callable[[], None] = lambda: None,
     before: Callable[[Tensor], None] = lambda ids: None,
     after: Callable[[Tensor], None] = lambda loss: None,
+    look: Callable[[Tensor], None] = lambda logits: None,
 ) -> np.ndarray:
-    """Loss of every next token, float64 [N, S-1]. `before` and `after` see the ids and losses of each batch."""
-    device = next(model.parameters()).device
-    rows = max(1, BATCH_TOKENS // token_ids_NS.shape[1])
+    """Loss of every next token, float64 [N, S-1].
+
+    `before`, `look` and `after` see the ids, the logits and the losses of each batch.
+    """
     parts = []
-    for first in range(0, len(token_ids_NS), rows):
-        ids_BS = torch.from_numpy(token_ids_NS[first : first + rows]).to(device)
+    for ids_BS in _batches(model, token_ids_NS):
         before(ids_BS)
-        loss_BS = next_token_loss(logits_of(model(ids_BS)), ids_BS)
+        logits_BSV = logits_of(model(ids_BS))
+        look(logits_BSV)
+        loss_BS = next_token_loss(logits_BSV, ids_BS)
         after(loss_BS)
         parts.append(loss_BS.double().cpu().numpy())
         tick()
     return np.concatenate(parts)
+
+
+@torch.enable_grad()
+def losses_with_graph(model: nn.Module, token_ids_NS: np.ndarray) -> Iterator[Tensor]:
+    """The part of each batch in the mean loss of the probe, with its graph: their sum is that mean."""
+    predicted = token_ids_NS.shape[0] * (token_ids_NS.shape[1] - 1)
+    for ids_BS in _batches(model, token_ids_NS):
+        yield next_token_loss(logits_of(model(ids_BS)), ids_BS).sum() / predicted
+
+
+def _batches(model: nn.Module, token_ids_NS: np.ndarray) -> Iterator[Tensor]:
+    device = next(model.parameters()).device
+    rows = max(1, BATCH_TOKENS // token_ids_NS.shape[1])
+    for first in range(0, len(token_ids_NS), rows):
+        yield torch.from_numpy(token_ids_NS[first : first + rows]).to(device)
 
 
 class _Tap:
@@ -100,10 +132,18 @@ class _Tap:
         decisions = [stack([reading]) for reading in self._readings]
         score = self._site.score
         probs = [scores_of(each.logits_LTE, score).probs_LTE[0] for each in decisions]
+        dropped = [each.dropped_LTK for each in decisions if each.dropped_LTK is not None]
+        ids_TK = _array([each.expert_ids_LTK[0] for each in decisions]).astype(np.int64)
+        lost_E = None
+        if dropped:
+            lost_TK = _array([each[0] for each in dropped]) > 0
+            lost_E = np.bincount(ids_TK[lost_TK], minlength=self._site.num_experts)
         return LayerReading(
-            ids_TK=_array([each.expert_ids_LTK[0] for each in decisions]).astype(np.int64),
+            ids_TK=ids_TK,
             weights_TK=_array([each.weights_LTK[0] for each in decisions]),
             probs_TE=_array(probs),
+            logits_TE=_array([each.logits[0].float() for each in decisions]),
+            dropped_E=lost_E,
             inputs_TD=torch.cat(self._inputs) if self._inputs else None,
             experts=self._experts,
         )
@@ -130,21 +170,6 @@ def _experts_beside(model: nn.Module, site: RouterSite) -> nn.Module | None:
     if not isinstance(experts, nn.Module) or isinstance(experts, nn.ModuleList):
         return None
     return experts
-
-
-def expert_output(layer: LayerReading, expert_ids_T: Tensor, tokens: slice = slice(None)) -> Tensor:
-    """What one expert per token makes of its input, without gate weight: [T, D].
-
-    Args:
-        expert_ids_T: the expert of each token.
-        tokens: which tokens of the probe.
-    """
-    assert layer.experts is not None
-    assert layer.inputs_TD is not None
-    x_TD = layer.inputs_TD[tokens]
-    ids_T1 = expert_ids_T.to(x_TD.device)[:, None]
-    with torch.no_grad():
-        return layer.experts(x_TD, ids_T1, torch.ones_like(ids_T1, dtype=x_TD.dtype))
 
 
 def _array(parts: list[Tensor]) -> np.ndarray:

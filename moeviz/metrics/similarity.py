@@ -47,6 +47,16 @@ def linear_cka(outputs_TD: np.ndarray, other_TD: np.ndarray) -> float:
     return float(cross / (np.linalg.norm(x_TD.T @ x_TD) * np.linalg.norm(y_TD.T @ y_TD)))
 
 
+def cka_matrix(outputs_ETD: np.ndarray) -> np.ndarray:
+    """`linear_cka` of every pair of experts, [E, E], diagonal 1; NaN for an expert with constant outputs.
+
+    ||X'Y||^2 = <XX', YY'>: with the T x T products of all experts side by side it is one matrix product.
+    """
+    centred_ETD = outputs_ETD - outputs_ETD.mean(axis=1, keepdims=True)
+    kernel_EX = (centred_ETD @ centred_ETD.transpose(0, 2, 1)).reshape(len(centred_ETD), -1)
+    return cosines(kernel_EX)
+
+
 def pes(outputs_TED: np.ndarray) -> float:
     """Pairwise expert similarity.
 
@@ -79,21 +89,22 @@ def representation_collapse(hidden_TD: np.ndarray, experts_T: np.ndarray) -> Sca
     S_W is the mean over experts of the covariance within, S_B the covariance of the experts' centroids around
     their mean; experts without tokens are left out. inf when all centroids coincide.
     """
+    # S_B has rank E - 1 at most, so its inverse needs the E centroids alone, and S_W only along their directions.
     hidden_TD = np.asarray(hidden_TD, dtype=np.float64)
-    width = hidden_TD.shape[1]
-    centroids, within_DD = [], np.zeros((width, width))
-    for expert in np.unique(experts_T):
-        mine_TD = hidden_TD[np.asarray(experts_T) == expert]
-        centroids.append(mine_TD.mean(axis=0))
-        within_DD += (mine_TD - centroids[-1]).T @ (mine_TD - centroids[-1]) / len(mine_TD)
-    within_DD /= len(centroids)
-    spread_ED = np.array(centroids) - np.mean(centroids, axis=0)
-    between_DD = spread_ED.T @ spread_ED / len(centroids)
-    if np.trace(between_DD) <= 0:
+    kinds, place_T = np.unique(experts_T, return_inverse=True)
+    counts_E = np.bincount(place_T)
+    centroid_ED = np.stack([hidden_TD[place_T == place].mean(axis=0) for place in range(len(kinds))])
+    weight_T = 1 / (counts_E[place_T] * len(kinds))
+    within_TD = hidden_TD - centroid_ED[place_T]
+    _, size_R, axes_RD = np.linalg.svd(centroid_ED - centroid_ED.mean(axis=0), full_matrices=False)
+    seen_R = size_R > 1e-10 * max(size_R.max(initial=0), np.abs(centroid_ED).max(initial=0))
+    if not seen_R.any():
         return Scatter(rc=float("inf"), ratio=float("inf"))
+    between_R = size_R[seen_R] ** 2 / len(kinds)
+    along_R = weight_T @ (within_TD @ axes_RD[seen_R].T) ** 2
     return Scatter(
-        rc=float(np.trace(within_DD @ np.linalg.pinv(between_DD, hermitian=True))),
-        ratio=float(np.trace(within_DD) / np.trace(between_DD)),
+        rc=float((along_R / between_R).sum()),
+        ratio=float(weight_T @ (within_TD**2).sum(axis=1) / between_R.sum()),
     )
 
 
