@@ -22,6 +22,7 @@ from trainer.checkpoint_folder import keep_newest, list_checkpoints, set_aside_a
 from trainer.config import InputConfig, TrainConfig
 from trainer.engine import Engine, build_engine
 from trainer.resume import check_resumable, find_checkpoint
+from trainer.standing import Standing
 from trainer.text import Text, open_text
 
 MODEL = ModelConfig(
@@ -59,7 +60,7 @@ def engine(text: Text) -> Engine:
 
 
 def save(folder: Path, step: int, engine: Engine, text: Text) -> Path:
-    return save_checkpoint(folder, step=step, config=CONFIG, engine=engine, text=text)
+    return save_checkpoint(folder, step=step, config=CONFIG, engine=engine, text=text, standing=Standing())
 
 
 def run_with(run: Path, engine: Engine, text: Text, *steps: int) -> Path:

@@ -28,8 +28,9 @@ from trainer.config import (
 )
 
 TRAINER_FLAGS = """
---preset --run --resume --max-steps --max-minutes --seed --log-routing --log-every
+--preset --run --resume --init-from --freeze --train-only --max-steps --max-minutes --seed --log-routing --log-every
 --train-data --val-data --tokenizer --validation-fraction --bytes-per-domain --domain-weights
+--mixture --document-mask
 --seq-len --batch-size --gradient-accumulation-steps
 --optimizer --learning-rate --weight-decay --beta1 --beta2 --adam-eps --grad-clip --expert-grad-every
 --schedule --warmup-steps --min-lr-ratio --decay-share --lr-steps
@@ -37,8 +38,8 @@ TRAINER_FLAGS = """
 --route-every --route-sequences --attention-every --attention-heads --attention-size
 --latent-every --latent-layers --latent-tokens
 --alert-thresholds --circulating-rules --on-alert-command --on-alert-url --alert-min-severity
---eval-every --eval-sequences --save-every --keep-checkpoints
---max-bad-steps
+--eval-every --eval-sequences --save-every --keep-checkpoints --keep-best
+--max-bad-steps --spike-rewind --spike-window --spike-sd --max-rewinds
 --engine --zero-stage --dtype --auto-batch --gradient-checkpointing --device --threads
 """
 
@@ -107,6 +108,8 @@ def test_a_field_of_another_version_is_refused() -> None:
         (lambda: AlertingConfig(on_alert_command=""), "is empty"),
         (lambda: EngineConfig(threads=0), "threads=0 is below 1"),
         (lambda: GuardConfig(max_bad_steps=-1), "max_bad_steps=-1 is negative"),
+        (lambda: GuardConfig(spike_window=1), "spike_window=1 is below 2"),
+        (lambda: GuardConfig(spike_sd=0.0), "spike_sd=0.0 is not positive"),
         (
             lambda: TrainConfig(optim=OptimConfig(optimizer="schedulefree")),
             "schedule=cosine lowers the rate twice; add --schedule constant",

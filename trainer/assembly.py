@@ -21,7 +21,9 @@ from trainer.checkpoint import Checkpoint, restore
 from trainer.checkpoint_folder import list_checkpoints, set_aside_after
 from trainer.config import TrainConfig
 from trainer.engine import Engine, build_engine, set_threads
+from trainer.frozen import freeze
 from trainer.micro_batches import largest_that_fits
+from trainer.origin import Origin, find_origin, model_from
 from trainer.progress import Progress
 from trainer.recorder import Recorder, open_recorder
 from trainer.resume import CHECKPOINTS, check_resumable, find_checkpoint, run_of
@@ -80,8 +82,10 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
         run = _new_folder(config)
     config = replace(config, run=run, resume=None)
     set_threads(config.engine.threads)
-    text = open_text(config, tokenizer_file=found.tokenizer_file if found else None)
-    engine = _engine(config, text, found, progress)
+    origin = find_origin(config.init_from) if config.init_from and not found else None
+    start = found or origin
+    text = open_text(config, tokenizer_file=start.tokenizer_file if start else None)
+    engine = _engine(config, text, found, origin, progress)
     first_step = found.step if found else 0
     if found and engine.rank == 0:
         for path in set_aside_after(run / CHECKPOINTS, found.step):
@@ -135,15 +139,22 @@ def _new_folder(config: TrainConfig) -> Path:
     return run
 
 
-def _engine(config: TrainConfig, text: Text, found: Checkpoint | None, progress: Progress) -> Engine:
+def _engine(
+    config: TrainConfig, text: Text, found: Checkpoint | None, origin: Origin | None, progress: Progress
+) -> Engine:
     torch.manual_seed(config.seed)
     if found is None:
-        return build_engine(MoELanguageModel(text.fit(config.architecture)), config)
+        model = (
+            model_from(origin, config.architecture, text.batches.shards.vocab_size)
+            if origin
+            else MoELanguageModel(text.fit(config.architecture))
+        )
+        return _built(model, config)
     if found.text_key != text.key:
         progress.note(
             "the training text is not the one of the checkpoint: going on with the new one, not bit for bit"
         )
-    engine = build_engine(MoELanguageModel(found.model_config), config)
+    engine = _built(MoELanguageModel(found.model_config), config)
     if found.num_ranks != engine.world_size:
         raise MoevizError(
             f"{found.path} was written by {found.num_ranks} ranks, and this is a run of {engine.world_size}; "
@@ -151,3 +162,9 @@ def _engine(config: TrainConfig, text: Text, found: Checkpoint | None, progress:
         )
     restore(found, engine)
     return engine
+
+
+def _built(model: MoELanguageModel, config: TrainConfig) -> Engine:
+    """The engine, whose optimizer knows only what is not frozen."""
+    freeze(model, config.freeze, config.train_only)
+    return build_engine(model, config)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.lm import ModelOutput
-from model.router import update_selection_bias
+from model.router import routers, update_selection_bias
 from trainer.config import BalanceConfig
 
 
@@ -36,11 +36,13 @@ def training_loss(output: ModelOutput, config: BalanceConfig) -> Tensor:
 
 @torch.no_grad()
 def move_bias(model: nn.Module, counts_LE: Tensor, config: BalanceConfig) -> None:
-    """Move the selection bias against the loads of a whole step, after its optimizer step.
+    """Move the selection bias against the loads of a whole step, after its optimizer step; not of frozen routers.
 
     Args:
         model: the language model, unwrapped.
         counts_LE: assignments of the step, all micro-batches and ranks.
     """
     if config.balance == "bias" and config.bias_step and counts_LE.numel():
-        update_selection_bias(model, counts_LE, config.bias_step)
+        trained_L = torch.tensor([router.weight.requires_grad for router in routers(model)])
+        # Where nothing was counted all loads are even, and even loads move nothing.
+        update_selection_bias(model, counts_LE * trained_L[:, None].to(counts_LE.device), config.bias_step)

@@ -133,7 +133,7 @@ def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
     found = read_checkpoint(Path(path))
     model = MoELanguageModel(found.model_config)
     weights = load_file(found.path / WEIGHTS_FILE)
-    model.load_state_dict(_with_tied(weights, model))
+    model.load_state_dict(with_tied(weights, found.model_config))
     tokenizer = load_tokenizer(found.tokenizer_file) if found.tokenizer_file else None
     return LoadedCheckpoint(model.eval(), tokenizer, found.config, found.step)
 
@@ -141,7 +141,7 @@ def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
 def restore(found: Checkpoint, engine: Engine) -> None:
     """Put an engine back to the state in which the checkpoint was written, its random generators too."""
     weights = load_file(found.path / WEIGHTS_FILE)
-    engine.load_state(_with_tied(weights, engine.module), found.path)
+    engine.load_state(with_tied(weights, engine.module.config), found.path)
     states = torch.load(found.path / f"rng-{engine.rank}.pt", weights_only=True)
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
@@ -208,8 +208,9 @@ def _without_tied(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[st
     }
 
 
-def _with_tied(weights: dict[str, Tensor], model: MoELanguageModel) -> dict[str, Tensor]:
-    return weights | {_TIED: weights[_SOURCE]} if model.config.tie_embeddings else weights
+def with_tied(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A checkpoint's weights with the output matrix under its own name, also where it is the embedding."""
+    return weights | {_TIED: weights[_SOURCE]} if config.tie_embeddings else weights
 
 
 def _random_states(engine: Engine) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from pathlib import Path
 from moeviz.errors import MoevizError
 
 MANIFEST_FILE = "manifest.json"
+BEST = "best"
+"""A link to the checkpoint with the least validation loss, where a run keeps it."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -67,9 +69,20 @@ def discard(folder: Path) -> None:
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the `count` newest checkpoints."""
+    """Remove all but the `count` newest checkpoints, and the best one."""
+    best = (folder / BEST).resolve()
     for path in list_checkpoints(folder)[:-count]:
-        discard(path)
+        if path.resolve() != best:
+            discard(path)
+
+
+def mark_best(checkpoint: Path) -> None:
+    """Point `best` to a checkpoint, at once."""
+    link = checkpoint.with_name(BEST)
+    fresh = link.with_name(f".{BEST}.tmp")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(checkpoint.name)
+    fresh.replace(link)
 
 
 def set_aside_after(folder: Path, step: int) -> list[Path]:
@@ -84,6 +97,8 @@ def set_aside_after(folder: Path, step: int) -> list[Path]:
             aside = path.with_name(f"superseded-{path.name}")
             discard(aside)
             moved.append(path.rename(aside))
+    if (folder / BEST).is_symlink() and not (folder / BEST).exists():
+        (folder / BEST).unlink()
     return moved
 
 

@@ -16,6 +16,7 @@ from moeviz.alerts import AlertConfig, Command, Webhook
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from moeviz.records import Severity
+from trainer.data_mixture import parse_mixture
 
 
 def _require(holds: bool, value: str, rule: str) -> None:
@@ -27,18 +28,25 @@ def _require(holds: bool, value: str, rule: str) -> None:
 class InputConfig:
     """What is read, and in which portions; how sources are opened is `trainer.data`'s business."""
 
-    train_data: str = "builtin"
-    """builtin (the embedded corpus), generated (its synthetic part), or a file or folder of text."""
+    train_data: str | tuple[str, ...] = "builtin"
+    """One source or several: builtin (the embedded corpus), generated (its synthetic part), a file or folder of text or
+    JSON Lines, token files, a folder of `moeviz prepare`, hf:NAME. NAME=SOURCE makes NAME the domain of all of it."""
     val_data: str | None = None
     """A file or folder to evaluate on. None: documents held out of the training data."""
     tokenizer: str = "auto"
-    """auto (a byte-level BPE trained on the data), the name of a tiktoken encoding, or a tokenizer file."""
+    """auto (that of prepared data, else a byte-level BPE trained on the data), the name of a tiktoken encoding, or a
+    file: a run's tokenizer, or a tokenizer.json of Hugging Face."""
     validation_fraction: float = 0.05
     """Share of the documents that is held out."""
     bytes_per_domain: int = 560_000
     """Size of each domain of the embedded corpus."""
     domain_weights: Literal["natural", "uniform"] = "natural"
     """How often each domain is read: in proportion to its tokens, or all alike."""
+    mixture: tuple[str, ...] = ()
+    """NAME=SHARE ...: how often each domain is read, instead of domain_weights; domains left out are not. A source's
+    name stands for all its domains."""
+    document_mask: bool = False
+    """A token reads its own document only, not what stands before it in the same sequence."""
     seq_len: int = 128
     """Tokens of one sequence."""
     batch_size: int = 16
@@ -52,6 +60,7 @@ class InputConfig:
             _require(value >= 1, f"{name}={value}", "is below 1; give a positive number")
         fraction = self.validation_fraction
         _require(0 <= fraction < 1, f"validation_fraction={fraction}", "is not in [0, 1); 0.05 is usual")
+        parse_mixture(self.mixture)  # refuses nonsense here, before anything is built
 
     @property
     def sequences_per_step(self) -> int:
@@ -198,6 +207,8 @@ class CheckpointConfig:
     """Write a checkpoint every n steps, and always after the last. 0: only then."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: bool = False
+    """Keep the weights with the least validation loss too, as RUN/checkpoints/best."""
 
     def __post_init__(self) -> None:
         _require(
@@ -213,10 +224,22 @@ class GuardConfig:
 
     max_bad_steps: int = 3
     """Steps in a row that may be skipped because loss or gradient is not a number, before training stops."""
+    spike_rewind: bool = False
+    """At a spike of the loss go back to the last checkpoint, and pass over the data between it and the spike."""
+    spike_window: int = 128
+    """Steps before it that a spike is judged by."""
+    spike_sd: float = 6.0
+    """Standard deviations above their mean that make a spike."""
+    max_rewinds: int = 5
+    """How often a run goes back; later spikes are recorded only."""
 
     def __post_init__(self) -> None:
         bad = self.max_bad_steps
         _require(bad >= 0, f"max_bad_steps={bad}", "is negative; 0 stops at the first bad step")
+        window, sd = self.spike_window, self.spike_sd
+        _require(window >= 2, f"spike_window={window}", "is below 2; 128 is usual")
+        _require(sd > 0, f"spike_sd={sd}", "is not positive; 6 is usual")
+        _require(self.max_rewinds >= 0, f"max_rewinds={self.max_rewinds}", "is negative; 0 never goes back")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +283,14 @@ class TrainConfig:
     """Run folder. None: runs/<preset>-<date>-<time>."""
     resume: str | None = None
     """Continue a run or one of its checkpoints; without a value: the run of --run, else the newest."""
+    init_from: str | None = None
+    """Begin with the weights, the architecture and the tokenizer of a run, a checkpoint or a transformers folder,
+    with a fresh optimizer and a tenth of its learning rate."""
+    freeze: tuple[str, ...] = ()
+    """Parts that keep their weights: router, experts, shared_experts, attention, embeddings, norms, or globs over
+    parameter names."""
+    train_only: tuple[str, ...] = ()
+    """Parts that alone are trained."""
     max_steps: int = 400
     """Optimizer steps of the whole run."""
     max_minutes: float | None = None

@@ -17,7 +17,17 @@ from trainer.config import TrainConfig
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-_FIXED = ("model", "data", "engine.engine", "engine.zero_stage", "engine.dtype", "optim.optimizer", "seed")
+_FIXED = (
+    "model",
+    "data",
+    "engine.engine",
+    "engine.zero_stage",
+    "engine.dtype",
+    "optim.optimizer",
+    "freeze",
+    "train_only",
+    "seed",
+)
 
 
 def find_checkpoint(
@@ -26,7 +36,7 @@ def find_checkpoint(
     """The checkpoint that `--resume` means, checked to be whole.
 
     Args:
-        resume: a run folder, a checkpoint folder, or `latest`.
+        resume: a run folder, a checkpoint folder (`RUN/checkpoints/best` where it is kept), or `latest`.
         run: what `latest` refers to; None: the run in `runs` whose checkpoint is newest.
         runs: folder of runs.
         note: told when a damaged checkpoint is passed over.
@@ -39,7 +49,7 @@ def find_checkpoint(
     if not path.is_dir():
         raise RunNotFoundError(f"no run at {path}; `moeviz runs FOLDER` lists runs")
     if (path / MANIFEST_FILE).exists() or path.parent.name == CHECKPOINTS:
-        return read_checkpoint(path)
+        return read_checkpoint(path.resolve() if path.is_symlink() else path)
     return _newest_whole(path.parent if path.name == CHECKPOINTS else path, note)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.assembly import Assembly
 from trainer.checkpoint import SaveError, save_checkpoint
-from trainer.checkpoint_folder import keep_newest
+from trainer.checkpoint_folder import keep_newest, mark_best, step_of
 from trainer.progress import Progress
 
 
@@ -41,3 +41,29 @@ def save_or_warn(parts: Assembly, step: int, progress: Progress) -> Path | None:
         progress.note(f"{error}. Training goes on")
         parts.recorder.event("checkpoint_failed", step=step, error=str(error))
         return None
+
+
+def save_if_best(
+    parts: Assembly, step: int, val_loss: float, saved: Path | None, progress: Progress
+) -> Path | None:
+    """Keep weights whose validation loss is the least so far, where the run asks for it.
+
+    Args:
+        val_loss: of the weights with which `step` begins.
+        saved: the newest checkpoint of this call.
+
+    Returns:
+        The checkpoint, if one was written.
+    """
+    standing = parts.standing
+    least = standing.best_loss is None or val_loss < standing.best_loss
+    # An untrained model is the best so far, and nobody wants to keep it.
+    if not (parts.config.checkpoint.keep_best and least and step > 0):
+        return None
+    standing.best_loss, standing.best_step = val_loss, step
+    there = saved is not None and step_of(saved) == step
+    path = saved if there else save_or_warn(parts, step, progress)
+    if path is not None and parts.engine.rank == 0:
+        mark_best(path)
+        keep_newest(parts.checkpoints, parts.config.checkpoint.keep_checkpoints)
+    return path

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,9 @@ from trainer.evaluate import DomainLoss, evaluate, evaluation_scalars
 from trainer.guards import note_bad_step
 from trainer.interrupt import Interrupt
 from trainer.progress import Progress, Silent, StepReport
-from trainer.saving import save, save_or_warn
+from trainer.restart import Restart
+from trainer.saving import save, save_if_best, save_or_warn
+from trainer.spikes import go_back_at_a_spike
 from trainer.step import StepTaken, take_step
 
 Stop = Literal["interrupted", "time"]
@@ -52,7 +54,7 @@ class Course:
     """What a call of `train` has done so far."""
 
     progress: Progress
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0
     """When the first step of the call began, seconds of the monotonic clock."""
     step: int = 0
     """Steps of the run that are done."""
@@ -64,6 +66,12 @@ class Course:
     def seconds(self) -> float:
         """Since the first step began."""
         return time.monotonic() - self.began
+
+    def forget_from(self, step: int) -> None:
+        """Training goes back before this step."""
+        for told in (self.losses, self.evaluations):
+            for later in [each for each in told if each >= step]:
+                del told[later]  # type: ignore[attr-defined]
 
 
 def train(
@@ -82,32 +90,54 @@ def train(
     """
     started = time.monotonic()
     course = Course(progress=progress or Silent())
+    interrupt = interrupt or Interrupt()
+    restart: Restart | None = None
+    try:
+        while True:
+            try:
+                run, interrupted = _attempt(config, course, interrupt, restart)
+                break
+            except Restart as wish:
+                restart, config = wish, replace(config, resume=str(wish.checkpoint), run=None)
+    finally:
+        course.progress.close()
+    return TrainResult(
+        run=run,
+        steps_done=course.step,
+        losses=tuple(course.losses[step] for step in sorted(course.losses)),
+        evaluations=course.evaluations,
+        checkpoint=course.saved,
+        interrupted=interrupted,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _attempt(
+    config: TrainConfig, course: Course, interrupt: Interrupt, restart: Restart | None
+) -> tuple[Path, bool]:
+    """From where `config` begins to the end, unless it restarts. Returns the folder and whether a person ended it."""
     parts = assemble(config, course.progress)
     error: BaseException | None = None
     try:
-        with interrupt or Interrupt() as interrupt:
+        if restart is not None:
+            restart.carry_on(parts.standing)
+            parts.recorder.event(step=parts.first_step, **restart.event)
+            course.forget_from(parts.first_step)
+        with interrupt:
             error = _run(parts, course, interrupt)
     except BaseException as failure:
         error = failure
         raise
     finally:
         parts.close(error)
-        course.progress.close()
-    return TrainResult(
-        run=parts.run,
-        steps_done=course.step,
-        losses=tuple(course.losses.values()),
-        evaluations=course.evaluations,
-        checkpoint=course.saved,
-        interrupted=error is not None,
-        seconds=time.monotonic() - started,
-    )
+    return parts.run, error is not None
 
 
 def _run(parts: Assembly, course: Course, interrupt: Interrupt) -> BaseException | None:
     """All steps that are left, and what follows the last one. Returns KeyboardInterrupt where a person ended it."""
     config = parts.config
-    course.step, course.began = parts.first_step, time.monotonic()
+    course.step = parts.first_step
+    course.began = course.began or time.monotonic()
     stop: Stop | None = None
     while course.step < config.max_steps and not (stop := _asked_to_stop(parts, course, interrupt)):
         _step(parts, course)
@@ -130,6 +160,8 @@ def _step(parts: Assembly, course: Course) -> None:
     taken = take_step(parts, step)
     course.losses[step] = taken.loss
     note_bad_step(parts, step, taken, course.progress)
+    if taken.update.taken:
+        go_back_at_a_spike(parts, step, taken.loss, course.progress)
     _report(parts, course, taken)
     course.step += 1
     if _is_due(course.step, config.checkpoint.save_every):
@@ -186,9 +218,13 @@ def _evaluate(parts: Assembly, course: Course) -> None:
             parts.text.token_bytes_V,
             parts.config.evaluation.eval_sequences,
         )
-    parts.recorder.scalars(course.step, evaluation_scalars(losses))
+    scalars = evaluation_scalars(losses)
+    parts.recorder.scalars(course.step, scalars)
     course.progress.evaluation(course.step, losses)
     course.evaluations[course.step] = losses
+    if "val_loss" in scalars:
+        saved = save_if_best(parts, course.step, scalars["val_loss"], course.saved, course.progress)
+        course.saved = saved or course.saved
 
 
 def _asked_to_stop(parts: Assembly, course: Course, interrupt: Interrupt) -> Stop | None:

@@ -39,6 +39,8 @@ _DESCRIPTION = """Train a Mixture-of-Experts language model.
 moeviz train --preset demo --log-routing       the tour: two minutes on a laptop, then `moeviz tui`
 moeviz train --preset olmoe-tiny --train-data my-texts/ --max-steps 5000
 moeviz train --resume runs/mine                 go on after a stop, bit for bit
+moeviz train --init-from CHECKPOINT --train-data mine/ --train-only router      fine-tune ours, or a folder of
+                                                transformers
 """
 
 
@@ -91,8 +93,15 @@ def _defaults(argv: list[str]) -> TrainConfig:
     from trainer.presets import train_preset
 
     resume, preset = _value(argv, "--resume"), _value(argv, "--preset")
+    origin = _value(argv, "--init-from")
+    if resume in (None, "None") and origin not in (None, "None"):
+        return _fine_tuning(origin, preset)
     if resume in (None, "None") or "-h" in argv or "--help" in argv:
         return train_preset(preset or "demo")
+    if origin not in (None, "None"):
+        raise MoevizError(
+            f"--init-from {origin} with --resume: a resumed run has its weights; leave one of them out"
+        )
     if preset is not None:
         raise MoevizError(
             f"--preset {preset} with --resume: a resumed run keeps its values; leave --preset out"
@@ -102,6 +111,16 @@ def _defaults(argv: list[str]) -> TrainConfig:
     run = _value(argv, "--run")
     found = find_checkpoint(resume, Path(run) if run else None, note=_warn)
     return replace(found.config, resume=str(found.path), run=None)
+
+
+def _fine_tuning(init_from: str, preset: str | None) -> TrainConfig:
+    from trainer.origin import find_origin, fine_tuning
+    from trainer.presets import of_model, train_preset
+
+    origin = find_origin(init_from)
+    if preset is None and origin.train_config is None:
+        return fine_tuning(origin, of_model("fine-tune", origin.model_config))
+    return fine_tuning(origin, train_preset(preset) if preset else None)
 
 
 def _warn(text: str) -> None:
