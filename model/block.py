@@ -46,8 +46,11 @@ class Block(nn.Module):
         valid_BC: Tensor | None = None,
         cache: LayerCache | LatentCache | None = None,
         draws: RouterDraws | None = None,
+        readable_B1SC: Tensor | None = None,
     ) -> BlockOutput:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, valid_BC, cache)
+        """`readable_B1SC` says all about what may be read, in place of padding and the core's own rule."""
+        mask = valid_BC if readable_B1SC is None else readable_B1SC
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, mask, cache)
         h_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, SparseMoE):
             valid_BS = None if valid_BC is None else valid_BC[:, -x_BSD.shape[1] :]

@@ -21,6 +21,7 @@ from model.contrastive import ContrastiveHead, info_nce
 from model.head import LMHead
 from model.kv_cache import KVCache
 from model.losses import balance_losses, expert_counts, sequence_balance_losses, z_losses
+from model.masks import Reach, document_numbers, visible_in_documents
 from model.norm import RMSNorm
 from model.rope import RopeTables, rope_tables
 from model.router import Routing
@@ -62,19 +63,29 @@ class Decoder(nn.Module):
         self.draws = DrawSource(config) if config.router.draws else None
         self.recompute = False
         """Whether training recomputes each block in backward to save its activations."""
+        self.document_end: int | None = None
+        """Id of the token after which nothing before it is read; None: sequences are of one piece."""
 
     def forward(
-        self, input_ids_BS: Tensor, valid_BC: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids_BS: Tensor,
+        valid_BC: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents_BS: Tensor | None = None,
     ) -> DecoderOutput:
         hidden_BSD = self.embed_tokens(input_ids_BS)
+        if documents_BS is None and self.document_end is not None and cache is None:
+            documents_BS = document_numbers(input_ids_BS, self.document_end)
+        readable = self._readable(documents_BS, valid_BC, cache)
         ropes = self._ropes(input_ids_BS.shape[1], hidden_BSD, cache)
         draws = self._draw(input_ids_BS)
         routings = []
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
             rope = ropes[self.config.reach.is_local(index)]
-            chance = (next(draws),) if self.config.is_moe(index) and draws is not None else ()
-            hidden_BSD, routing = self._run(block, hidden_BSD, rope, valid_BC, layer_cache, *chance)
+            chance = next(draws) if self.config.is_moe(index) and draws is not None else None
+            mask = readable[self.config.reach.is_local(index)]
+            hidden_BSD, routing = self._run(block, hidden_BSD, rope, valid_BC, layer_cache, chance, mask)
             if routing is not None:
                 routings.append(routing)
         return DecoderOutput(self.norm(hidden_BSD), tuple(routings))
@@ -84,6 +95,25 @@ class Decoder(nn.Module):
         if self.draws is None or not self.training:
             return None
         return iter(self.draws(input_ids_BS.numel(), input_ids_BS.device))
+
+    def _readable(
+        self, documents_BS: Tensor | None, valid_BC: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What may be read in global layers and in local ones; None: what the core's own rule says."""
+        if documents_BS is None:
+            return None, None
+        if cache is not None or self.config.attention == "latent":
+            raise ValueError(
+                "documents are told apart in whole sequences read by plain attention, not with a cache or "
+                "attention=latent; leave document_ids_BS out"
+            )
+        reach = self.config.reach
+        masks: list[Tensor | None] = [None, None]
+        for layer in range(self.config.num_layers):
+            local = reach.is_local(layer)
+            if masks[local] is None:
+                masks[local] = visible_in_documents(Reach.of(reach, layer), documents_BS, valid_BC)
+        return masks[0], masks[1]
 
     def _ropes(self, num_new: int, like: Tensor, cache: KVCache | None) -> tuple[RopeTables, RopeTables]:
         """Angles for layers that read everything, and for local ones; what is cached may need them as well."""
@@ -128,6 +158,7 @@ class MoELanguageModel(nn.Module):
         labels_BS: Tensor | None = None,
         *,
         attention_mask_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
         cache: KVCache | None = None,
         counts_so_far_LE: Tensor | None = None,
         sequence_labels_B: Tensor | None = None,
@@ -142,6 +173,8 @@ class MoELanguageModel(nn.Module):
             attention_mask_BS: True or 1 for a token, False or 0 for padding (left or right). With a cache
                 it covers the cached positions as well. Padding is excluded from router losses and counts;
                 give it the label -100 to exclude it from the cross-entropy too.
+            document_ids_BS: int64. Positions of one number, side by side, are one document: tokens read their own
+                only, and it is as if each stood alone. None: what `separate_documents` says.
             cache: keys and values of earlier tokens, to which these are added.
             counts_so_far_LE: assignments of the same step's other micro-batches and ranks, as far as known;
                 with router.balance_scope=global the balance loss evens out their sum with these.
@@ -149,7 +182,7 @@ class MoELanguageModel(nn.Module):
                 together; -1 belongs to nothing. None: no loss.
         """
         valid_BC = attention_mask_BS.bool() if attention_mask_BS is not None else None
-        hidden_BSD, routings = self.model(input_ids_BS, valid_BC, cache)
+        hidden_BSD, routings = self.model(input_ids_BS, valid_BC, cache, document_ids_BS)
         logits_BSV, ce, token_loss_BS, correct_BS = self.lm_head(hidden_BSD, labels_BS)
         valid_T = valid_BC[:, -input_ids_BS.shape[1] :].flatten() if valid_BC is not None else None
         counts_LE = self._counts(routings, valid_T, input_ids_BS.device)
@@ -195,6 +228,17 @@ class MoELanguageModel(nn.Module):
         aux = {"balance": balance, "z": z_losses(logits_LTE, valid_T)}
         orthogonal = [each.orthogonality for each in routings if each.orthogonality is not None]
         return {**aux, "orthogonality": torch.stack(orthogonal)} if orthogonal else aux
+
+    def separate_documents(self, end_id: int | None) -> None:
+        """From now on the token `end_id` ends a document, in every call without a cache; None: it does not.
+
+        Raises ValueError for attention=latent, whose latents have read all documents before.
+        """
+        if end_id is not None and self.config.attention == "latent":
+            raise ValueError(
+                "attention=latent cannot tell documents apart; use another attention, or no mask"
+            )
+        self.model.document_end = end_id
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep one activation per block and recompute the rest in backward: less memory, more time."""

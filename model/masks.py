@@ -98,3 +98,31 @@ def visible_slots(
     else:
         valid = valid_BC[:, None].expand(-1, slots.shape[1], -1).gather(-1, slots)[:, :, None]
     return visible & (valid | (key == query_S1))
+
+
+def document_numbers(input_ids_BS: Tensor, end_id: int) -> Tensor:
+    """int64 [B, S]: how many documents ended before each position; `end_id` belongs to the one it ends."""
+    ends_BS = (input_ids_BS == end_id).long()
+    return ends_BS.cumsum(dim=1) - ends_BS
+
+
+def visible_in_documents(reach: Reach, documents_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
+    """Which keys each query may read where a sequence holds several documents: bool [B, 1, S, S].
+
+    A query reads its own document only, and distances, sinks and patterns count from that document's first
+    token: so each is read as if it stood alone. As in `visible_keys`, a query always reads itself.
+
+    Args:
+        reach: the rule inside a document.
+        documents_BS: the document of each position, in runs: one number never comes again after another.
+        valid_BS: False at padding.
+    """
+    place_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
+    begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    inside_BS = place_S - torch.where(begins_BS, place_S, 0).cummax(dim=1).values
+    visible = reach(inside_BS[:, :, None], inside_BS[:, None, :])
+    visible = visible & (documents_BS[:, :, None] == documents_BS[:, None, :])
+    if valid_BS is not None:
+        visible = visible & (valid_BS[:, None, :] | (place_S == place_S[:, None]))
+    return visible[:, None]

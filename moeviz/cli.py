@@ -31,6 +31,7 @@ COMMANDS = (
     Command(
         "train", "Train a MoE (presets, any option overridden), with --log-routing to record it.", "train"
     ),
+    Command("prepare", "Tokenise text, JSON Lines or a data set ahead of training.", "train"),
     Command("presets", "List the models to start from: parameters, active parameters, FLOPs.", "train"),
     Command("tui", "Watch a run in the terminal, live or afterwards.", "watch"),
     Command("dash", "Open the dashboards in a browser (loopback only).", "watch"),
@@ -44,11 +45,12 @@ COMMANDS = (
     Command("pack", "Pack a finished run into one ordinary DuckDB file.", "read"),
     Command("gc", "Delete old runs, or their token-level samples; shows what would go first.", "read"),
     Command("lake", "Put a run into a DuckLake catalogue (Postgres, SQLite) for other machines.", "read"),
-    Command("import", "Make a run of routing recorded elsewhere: vLLM, Megatron, counts.", "read"),
+    Command("import", "Make a run of routing recorded elsewhere: vLLM, Megatron, SGLang.", "read"),
     Command(
         "inspect", "Trace a text through a checkpoint: experts of every token, layer by layer.", "inspect"
     ),
     Command("analyze", "What experts are for, with nulls: domains, tokens, partners, knock-out.", "inspect"),
+    Command("eval", "Score a checkpoint: held-out text by domain, HellaSwag, ARC, PIQA ...", "inspect"),
     Command("export", "Save a checkpoint for transformers, or a run as Parquet, CSV or DuckDB.", "inspect"),
 )
 _GROUPS = (("train", "Train"), ("watch", "Watch"), ("read", "Read a run"), ("inspect", "Open a checkpoint"))

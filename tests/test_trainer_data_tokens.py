@@ -132,7 +132,7 @@ def test_missing_files_and_text_beside_tokens(tmp_path: Path) -> None:
         open_data(DataConfig(source=str(tmp_path / "none.bin")))
     write(tmp_path / "a.bin")
     (tmp_path / "b.txt").write_text("text")
-    with pytest.raises(MoevizError, match="is no token file"):
+    with pytest.raises(MoevizError, match="text beside token files needs the tokenizer"):
         open_data(DataConfig(source=str(tmp_path / "a.bin"), validation_source=str(tmp_path / "b.txt")))
-    with pytest.raises(MoevizError, match="is no token file"):
+    with pytest.raises(MoevizError, match="text beside token files needs the tokenizer"):
         open_data(DataConfig(source=str(tmp_path / "a.bin"), validation_source="builtin"))

@@ -86,6 +86,7 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
     start = found or origin
     text = open_text(config, tokenizer_file=start.tokenizer_file if start else None)
     engine = _engine(config, text, found, origin, progress)
+    engine.module.separate_documents(text.document_end)
     first_step = found.step if found else 0
     if found and engine.rank == 0:
         for path in set_aside_after(run / CHECKPOINTS, found.step):

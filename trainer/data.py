@@ -1,49 +1,60 @@
-"""From the name of a source to shards and a tokenizer: the one call that training makes.
+"""From the names of sources to shards and a tokenizer: the one call that training makes.
 
     open_data(DataConfig(), quiet=False) -> TrainingData
     TrainingData: .shards .tokenizer .vocab_size .paths
 
-`source` is `builtin` (the embedded corpus), `generated` (its generated layer alone, the same bytes
-everywhere), or a path: a text file, a folder of them, JSON Lines (`text`, and `domain` or `source`; .gz too),
-or token files (.npy, .bin). `tokenizer` is `auto` (train one on the source), a name that tiktoken knows, or a
-file that a run saved.
+A source is `builtin` (the embedded corpus), `generated` (its generated layer alone, the same bytes everywhere), a
+path, or `hf:NAME` (a data set of the Hugging Face hub). A path is a text file, a folder of them, JSON Lines (`text` or
+`content`, and `domain` or `source`; .gz and .zst too), token files (.npy, .bin), or a folder of `moeviz prepare`.
+Several sources are read as one; NAME=SOURCE makes NAME the domain of all that is in it. `tokenizer` is `auto` (train
+one on the source), a name that tiktoken knows, a file that a run saved, or a tokenizer.json of Hugging Face.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moeviz.errors import MoevizError
-from trainer.corpus import CorpusConfig, build_corpus
+from trainer.corpus import CorpusConfig, Split, build_corpus
 from trainer.corpus.build import check_fraction
 from trainer.corpus.documents import split_of
 from trainer.data_cache import cache_folder, cached, digest
+from trainer.data_hub import PREFIX, hub_source
+from trainer.data_mixed import JoinedSource, LabelledSource, SidedSource
+from trainer.data_prepared import free_folder, is_prepared, prepare, prepared_tokenizer
 from trainer.data_progress import progress
-from trainer.data_shards import Shards, build_shards
-from trainer.data_sources import CorpusSource, PairSource, Source, file_source
+from trainer.data_shards import Shards, build_shards, load_shards
+from trainer.data_shards_merged import labelled, merged, one_sided
+from trainer.data_sources import CorpusSource, Source, file_source
 from trainer.data_tokens import TokenFormat, is_token_path, token_shards
 from trainer.tokenizer import Tokenizer, load_tokenizer, named_tokenizer, train_tokenizer
 
 EMBEDDED = ("builtin", "generated")
 """Sources that need no file."""
 _SAMPLE_BYTES = 10_000_000
+_LABEL = re.compile(r"([\w.-]+)=(.+)")
+
+Kind = Literal["text", "tokens", "prepared"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train on."""
 
-    source: str = "builtin"
-    """`builtin`, `generated`, or the path of a file or folder of text, JSON Lines or tokens."""
+    source: str | tuple[str, ...] = "builtin"
+    """One source or several, see above."""
     validation_source: str | None = None
     """Path of what to evaluate on instead; then all documents of `source` are trained on."""
+    all_held_out: bool = False
+    """Evaluate on every document of `source`, train on none; of prepared shards on what they held out."""
     tokenizer: str = "auto"
-    """`auto` trains a byte-level BPE on the source; else the name of a tiktoken encoding, or a saved
-    tokenizer.
+    """`auto` trains a byte-level BPE on the source; else the name of a tiktoken encoding, a saved tokenizer, or a
+    tokenizer.json.
     """
     vocab_size: int = 4096
     """Vocabulary of an `auto` tokenizer; for token files without a tokenizer, the bound of their ids."""
@@ -55,9 +66,18 @@ class DataConfig:
     """Size of each domain of the embedded corpus, in UTF-8 bytes."""
     corpus_seed: int = 0
     """Seed of the generated domains."""
+    workers: int | None = None
+    """Threads that tokenise. None: one for each CPU of this process."""
 
     def __post_init__(self) -> None:
         check_fraction(self.validation_fraction)
+        if not self.names:
+            raise MoevizError("no source; name a file or folder, or 'builtin'")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources, one or several."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True)
@@ -75,34 +95,47 @@ class TrainingData:
         return self.shards.vocab_size
 
 
+class Named(NamedTuple):
+    """A source as it was named."""
+
+    label: str | None
+    """Domain of all that is in it; None: as it says itself."""
+    name: str
+    kind: Kind
+    side: Split | None
+    """Where all of it goes; None: both sides."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name).expanduser()
+
+    @classmethod
+    def parse(cls, text: str, side: Split | None) -> Named:
+        label, name = None, text
+        match = _LABEL.fullmatch(text)
+        if match and not Path(text).expanduser().exists():
+            label, name = match[1], match[2]
+        path = Path(name).expanduser()
+        kind: Kind = "text"
+        if name not in EMBEDDED and not name.startswith(PREFIX):
+            kind = "prepared" if is_prepared(path) else "tokens" if is_token_path(path) else "text"
+        return cls(label, name, kind, side)
+
+
 def open_data(
     config: DataConfig | None = None, *, quiet: bool = False, root: Path | None = None
 ) -> TrainingData:
-    """Build or find everything for a source. `root` replaces the cache folder.
+    """Build or find everything for some sources. `root` replaces the cache folder.
 
     Raises:
-        MoevizError: no such source, an empty or malformed one, an unknown tokenizer, or a cache that cannot
-            be written.
+        MoevizError: no such source, an empty, malformed or damaged one, an unknown tokenizer, prepared shards of
+            another one, or a cache that cannot be written.
     """
-    config = config or DataConfig()
-    path = Path(config.source).expanduser()
-    if config.source not in EMBEDDED and is_token_path(path):
-        return _open_tokens(config, path, root)
-    source, paths = _open_source(config, quiet, root)
-    if config.tokenizer == "auto":
-        tokenizer, tokenizer_path = _trained(source, config, quiet, root)
-        paths = (*paths, tokenizer_path)
-    else:
-        tokenizer = open_tokenizer(config.tokenizer, root=root)
-    shards = build_shards(
-        source, tokenizer, validation_fraction=config.validation_fraction, quiet=quiet, root=root
-    )
-    assert shards.path is not None
-    return TrainingData(shards, tokenizer, (*paths, shards.path))
+    return _Opening(config or DataConfig(), quiet, root).run()
 
 
 def open_tokenizer(name: str, *, root: Path | None = None) -> Tokenizer:
-    """A saved tokenizer by its path, or a tiktoken encoding by its name.
+    """A saved tokenizer or a tokenizer.json by its path, or a tiktoken encoding by its name.
 
     Raises:
         MoevizError: neither exists, or the encoding's file is not at hand and cannot be fetched.
@@ -113,44 +146,138 @@ def open_tokenizer(name: str, *, root: Path | None = None) -> Tokenizer:
     return named_tokenizer(name, cache=(root or cache_folder()) / "tiktoken")
 
 
-def _open_tokens(config: DataConfig, path: Path, root: Path | None) -> TrainingData:
-    tokenizer = None if config.tokenizer == "auto" else open_tokenizer(config.tokenizer, root=root)
-    validation = None if config.validation_source is None else Path(config.validation_source).expanduser()
-    if validation is not None and not is_token_path(validation):
-        raise MoevizError(
-            f"{validation} is no token file but {path} is; evaluate on tokens of the same tokenizer"
+def open_prepared(
+    config: DataConfig, folder: Path, *, quiet: bool = False, root: Path | None = None
+) -> Shards:
+    """Tokenise sources of text into a folder, which a later `DataConfig.source` may name.
+
+    Raises:
+        MoevizError: the folder exists, no such source, an empty one, or one that holds tokens already.
+    """
+    opening = _Opening(config, quiet, root)
+    for each in opening.named:
+        if each.kind != "text":
+            raise MoevizError(f"{each.name} holds tokens already; name text to tokenise")
+    free_folder(folder)
+    source = opening.text()
+    tokenizer = opening.tokenizer(source)
+    assert tokenizer is not None
+    fraction, workers = config.validation_fraction, config.workers
+    return prepare(folder, source, tokenizer, validation_fraction=fraction, quiet=quiet, workers=workers)
+
+
+class _Opening:
+    """One call of `open_data`."""
+
+    def __init__(self, config: DataConfig, quiet: bool, root: Path | None) -> None:
+        self.config, self.quiet, self.root = config, quiet, root
+        side: Split | None = "validation" if config.all_held_out else None
+        if config.validation_source is not None:
+            side = "train"
+        self.named = [Named.parse(text, side) for text in config.names]
+        if config.validation_source is not None:
+            self.named.append(Named.parse(config.validation_source, "validation"))
+        self.paths: list[Path] = []
+
+    def run(self) -> TrainingData:
+        texts = [each for each in self.named if each.kind == "text"]
+        source = self.text() if texts else None
+        tokenizer = self.tokenizer(source)
+        parts: list[Shards] = []
+        if source is not None:
+            assert tokenizer is not None
+            fraction, workers = self.config.validation_fraction, self.config.workers
+            parts.append(
+                build_shards(
+                    source,
+                    tokenizer,
+                    validation_fraction=fraction,
+                    quiet=self.quiet,
+                    workers=workers,
+                    root=self.root,
+                )
+            )
+        parts += self._token_files(tokenizer)
+        parts += [self._prepared(each, tokenizer) for each in self.named if each.kind == "prepared"]
+        shards = merged(parts)
+        paths = [*self.paths, *(part.path for part in parts if part.path is not None)]
+        return TrainingData(shards, tokenizer, tuple(dict.fromkeys(paths)))
+
+    def text(self) -> Source:
+        """All sources of text as one."""
+        sources = tuple(self._source(each) for each in self.named if each.kind == "text")
+        return sources[0] if len(sources) == 1 else JoinedSource(sources)
+
+    def tokenizer(self, source: Source | None) -> Tokenizer | None:
+        """The one that was named, else that of prepared shards, else one trained on the text."""
+        if self.config.tokenizer != "auto":
+            return open_tokenizer(self.config.tokenizer, root=self.root)
+        for each in self.named:
+            if each.kind == "prepared":
+                return prepared_tokenizer(each.path)
+        if source is None:
+            return None
+        if any(each.kind == "tokens" for each in self.named):
+            raise MoevizError(
+                "text beside token files needs the tokenizer that made them; name it (tokenizer)"
+            )
+        tokenizer, path = _trained(source, self.config, self.quiet, self.root)
+        self.paths.append(path)
+        return tokenizer
+
+    def _source(self, each: Named) -> Source:
+        source: Source
+        if each.name in EMBEDDED:
+            corpus = build_corpus(
+                CorpusConfig(
+                    bytes_per_domain=self.config.bytes_per_domain,
+                    seed=self.config.corpus_seed,
+                    generated_only=each.name == "generated",
+                    validation_fraction=self.config.validation_fraction,
+                ),
+                quiet=self.quiet,
+                root=self.root,
+            )
+            self.paths.append(corpus.path)
+            source = CorpusSource(corpus)
+        elif each.name.startswith(PREFIX):
+            source = hub_source(each.name, quiet=self.quiet, root=self.root)
+        else:
+            source = file_source(each.path)
+        if each.label is not None:
+            source = LabelledSource(source, each.label)
+        return source if each.side is None else SidedSource(source, each.side)
+
+    def _token_files(self, tokenizer: Tokenizer | None) -> list[Shards]:
+        token_format = TokenFormat(
+            vocab_size=tokenizer.vocab_size if tokenizer else self.config.vocab_size,
+            eos_id=tokenizer.eos_id if tokenizer else None,
+            dtype=self.config.token_dtype,
         )
-    token_format = TokenFormat(
-        vocab_size=tokenizer.vocab_size if tokenizer else config.vocab_size,
-        eos_id=tokenizer.eos_id if tokenizer else None,
-        dtype=config.token_dtype,
-    )
-    fraction = config.validation_fraction
-    shards = token_shards(path, token_format, validation=validation, validation_fraction=fraction)
-    return TrainingData(shards, tokenizer)
+        found = []
+        for each in self.named:
+            if each.kind == "tokens":
+                fraction = self.config.validation_fraction if each.side is None else 0.0
+                shards = token_shards(each.path, token_format, validation_fraction=fraction)
+                shards = shards if each.side is None else one_sided(shards, each.side)
+                found.append(labelled(shards, each.label))
+            elif each.side == "validation" and tokenizer is None:
+                raise MoevizError(
+                    f"{each.name} is no token file; evaluate on tokens of the same tokenizer, or name it"
+                )
+        return found
 
-
-def _open_source(config: DataConfig, quiet: bool, root: Path | None) -> tuple[Source, tuple[Path, ...]]:
-    source, paths = _open_named(config, config.source, quiet, root)
-    if config.validation_source is None:
-        return source, paths
-    held_out, more = _open_named(config, config.validation_source, quiet, root)
-    return PairSource(source, held_out), tuple(dict.fromkeys(paths + more))
-
-
-def _open_named(
-    config: DataConfig, name: str, quiet: bool, root: Path | None
-) -> tuple[Source, tuple[Path, ...]]:
-    if name not in EMBEDDED:
-        return file_source(Path(name).expanduser()), ()
-    corpus_config = CorpusConfig(
-        bytes_per_domain=config.bytes_per_domain,
-        seed=config.corpus_seed,
-        generated_only=name == "generated",
-        validation_fraction=config.validation_fraction,
-    )
-    corpus = build_corpus(corpus_config, quiet=quiet, root=root)
-    return CorpusSource(corpus), (corpus.path,)
+    def _prepared(self, each: Named, tokenizer: Tokenizer | None) -> Shards:
+        shards = load_shards(each.path)
+        own = prepared_tokenizer(each.path)
+        if tokenizer is None or own.key != tokenizer.key:
+            raise MoevizError(
+                f"{each.path} was prepared with the tokenizer {own.name}, and another one is asked for; "
+                "leave the tokenizer out, or prepare it again with that one"
+            )
+        if each.side is not None:
+            shards = replace(shards, arrays={**shards.only(each.side)})
+        return labelled(shards, each.label)
 
 
 def _trained(source: Source, config: DataConfig, quiet: bool, root: Path | None) -> tuple[Tokenizer, Path]:

@@ -129,7 +129,9 @@ class TokenBatches:
         windows = max(1, min((len(tokens) - 1) // self.seq_len, num_tokens // self.seq_len))
         for first in range(0, windows, self.batch_size):
             places = [i * self.seq_len for i in range(first, min(first + self.batch_size, windows))]
-            rows = [tokens[place : place + self.seq_len + 1] for place in places]
+            rows = [
+                self.shards.read("validation", domain, place, place + self.seq_len + 1) for place in places
+            ]
             yield _batch([self._padded(row) for row in rows], (domain,) * len(rows), places)
 
     def _checked(self, weights: Weights) -> dict[str, float]:
@@ -181,11 +183,10 @@ class TokenBatches:
 
     def _window(self, domain: str, place: int) -> np.ndarray:
         """S + 1 tokens from a place on, around the end of the shard to its beginning."""
-        tokens = self.shards.tokens(self.split, domain)
-        window = tokens[place : place + self.seq_len + 1]
+        window = self.shards.read(self.split, domain, place, place + self.seq_len + 1)
         missing = self.seq_len + 1 - len(window)
-        if missing and len(tokens) >= self.seq_len:
-            window = np.concatenate([window, tokens[:missing]])
+        if missing and self.shards.num_tokens(self.split, domain) >= self.seq_len:
+            window = np.concatenate([window, self.shards.read(self.split, domain, 0, missing)])
         return self._padded(window)
 
     def _padded(self, window: np.ndarray) -> np.ndarray:

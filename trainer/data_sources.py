@@ -1,6 +1,6 @@
 """Where documents come from: the embedded corpus, or the user's own text and JSON Lines files.
 
-    CorpusSource(corpus), file_source(path), PairSource(training, validation) -> Source
+    CorpusSource(corpus), file_source(path) -> Source               (`data_mixed` joins and labels them)
     Source.key, .num_bytes, .vetted, .documents() -> Iterator[Document]
 
 A text file is one document, or many when it carries `<|endoftext|>` marks, or sections cut at blank lines
@@ -10,26 +10,27 @@ name.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import orjson
 
 from moeviz.errors import MoevizError
 from trainer.corpus import Corpus, Document
 from trainer.data_cache import digest
+from trainer.data_lines import COMPRESSED, open_lines, text_bytes
 
 _MARKS = ("<|endoftext|>", "<|eos|>", "<|end_of_text|>")
 _SECTION_CHARS = 4000
 _FILE_DOMAINS = 32
 """Loose files up to this many are a domain each; more of them are one domain, their folder's name."""
-_GZIP_RATIO = 4
 TOKEN_SUFFIXES = (".npy", ".bin")
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+_JSON_SUFFIXES = tuple(f".{kind}{packed}" for kind in ("jsonl", "ndjson") for packed in ("", *COMPRESSED))
+TEXT_FIELDS = ("text", "content")
+"""Fields of a row that hold its text; `content` is CodeParrot's and The Stack's."""
 
 
 class Source(Protocol):
@@ -79,7 +80,7 @@ class LabelledFile:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Text and JSON Lines files, plain or gzipped."""
+    """Text and JSON Lines files, plain, gzipped or in Zstandard."""
 
     files: tuple[LabelledFile, ...]
     vetted: bool = False
@@ -90,35 +91,12 @@ class FileSource:
 
     @property
     def num_bytes(self) -> int:
-        return sum(
-            file.path.stat().st_size * (_GZIP_RATIO if _is_gzip(file.path) else 1) for file in self.files
-        )
+        return sum(text_bytes(file.path) for file in self.files)
 
     def documents(self) -> Iterator[Document]:
         for file in self.files:
             reader = _json_documents if file.path.name.endswith(_JSON_SUFFIXES) else _text_documents
             yield from reader(file)
-
-
-@dataclass(frozen=True)
-class PairSource:
-    """One source to train on, another one to evaluate on."""
-
-    training: Source
-    validation: Source
-    vetted: bool = False
-
-    @property
-    def key(self) -> str:
-        return digest([self.training.key, self.validation.key])
-
-    @property
-    def num_bytes(self) -> int:
-        return self.training.num_bytes + self.validation.num_bytes
-
-    def documents(self) -> Iterator[Document]:
-        yield from (replace(document, split="train") for document in self.training.documents())
-        yield from (replace(document, split="validation") for document in self.validation.documents())
 
 
 def file_source(path: Path) -> FileSource:
@@ -131,7 +109,7 @@ def file_source(path: Path) -> FileSource:
     tokens = [file.path.name for file in found if file.path.suffix in TOKEN_SUFFIXES]
     if tokens:
         raise MoevizError(f"{path} mixes text with token files ({tokens[0]}); put them in separate folders")
-    files = tuple(file for file in found if _is_gzip(file.path) or not _is_binary(file.path))
+    files = tuple(file for file in found if file.path.suffix in COMPRESSED or not _is_binary(file.path))
     if not files:
         raise MoevizError(f"no text in {path}; name a .txt or .jsonl file, or a folder that holds some")
     return FileSource(files)
@@ -167,10 +145,6 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _is_gzip(path: Path) -> bool:
-    return path.suffix == ".gz"
-
-
 def _is_binary(path: Path) -> bool:
     with path.open("rb") as file:
         return b"\0" in file.read(8192)
@@ -181,25 +155,13 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if _is_gzip(path) else path.open("rb")  # type: ignore[return-value]
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        with _open(path) as file:
-            yield from file
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise MoevizError(f"{path} is not a whole gzip file: {error}; copy it again") from error
-
-
 def _text_documents(file: LabelledFile) -> Iterator[Document]:
     for section in sections(_decoded(file.path)):
         yield Document(file.domain, section)
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(open_lines(path), start=1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -252,7 +214,7 @@ def _short_lines(lines: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _json_documents(file: LabelledFile) -> Iterator[Document]:
-    for number, line in enumerate(_lines(file.path), start=1):
+    for number, line in enumerate(open_lines(file.path), start=1):
         if line.strip():
             yield _json_document(line, file, number)
 
@@ -265,10 +227,20 @@ def _json_document(line: bytes, file: LabelledFile, number: int) -> Document:
         raise MoevizError(
             f"{where} is not JSON: {error}; each line must be one object with a text field"
         ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    text = text_of(row)
+    if text is None:
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise MoevizError(
             f"{where} has no string field 'text' (found: {fields}); rename the field that holds the text"
         )
     domain = row.get("domain", row.get("source"))
-    return Document(domain if isinstance(domain, str) and domain else file.domain, row["text"])
+    return Document(domain if isinstance(domain, str) and domain else file.domain, text)
+
+
+def text_of(row: Any) -> str | None:
+    """The text of a row, None where it has none."""
+    if isinstance(row, dict):
+        for name in TEXT_FIELDS:
+            if isinstance(row.get(name), str):
+                return str(row[name])
+    return None

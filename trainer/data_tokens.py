@@ -7,6 +7,7 @@ overlapping windows.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from moeviz.errors import MoevizError
 from trainer.corpus import Split
 from trainer.data_cache import digest
+from trainer.data_checksums import CHUNK_BYTES
 from trainer.data_shards import Part, Shards
 from trainer.data_sources import TOKEN_SUFFIXES, labelled_files
 
@@ -90,8 +92,16 @@ def token_shards(
                 parts = _without_tail(tokens, token_format.eos_id, validation_fraction)
             for side, part in parts:
                 arrays[side, label] = part, _starts(part, token_format.eos_id)
-    identity = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in read]
+    identity = [[file.name, file.stat().st_size, *_ends(file)] for file in read]
     return Shards(arrays, token_format.vocab_size, token_format.eos_id, digest(identity))
+
+
+def _ends(file: Path) -> tuple[int, int]:
+    """Checksums of the first and the last megabyte: a copy is the same file, another corpus hardly ever."""
+    with file.open("rb") as content:
+        first = zlib.crc32(content.read(CHUNK_BYTES))
+        content.seek(max(0, file.stat().st_size - CHUNK_BYTES))
+        return first, zlib.crc32(content.read())
 
 
 def _domain(file: Path, root: Path) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from model.lm import ModelOutput, MoELanguageModel
 from trainer.data_batches import IGNORE, Batch, TokenBatches
-from trainer.engine import Engine
 
 
 class DomainLoss(NamedTuple):
@@ -35,9 +36,21 @@ class DomainLoss(NamedTuple):
         return math.exp(self.loss_nats)
 
 
+class Judged(Protocol):
+    """What is evaluated: an engine in the middle of training, or a finished model."""
+
+    @property
+    def module(self) -> MoELanguageModel: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor) -> ModelOutput: ...
+
+
 @torch.no_grad()
 def evaluate(
-    engine: Engine, batches: TokenBatches, token_bytes_V: np.ndarray | None, sequences: int
+    engine: Judged, batches: TokenBatches, token_bytes_V: np.ndarray | None, sequences: int
 ) -> dict[str, DomainLoss]:
     """Loss of each domain that has held-out text. Every rank computes all of it, and must call it.
 
@@ -62,7 +75,7 @@ def evaluate(
         engine.module.train(was_training)
 
 
-def _cost(engine: Engine, batch: Batch, token_bytes_V: np.ndarray | None) -> tuple[float, int, int, int]:
+def _cost(engine: Judged, batch: Batch, token_bytes_V: np.ndarray | None) -> tuple[float, int, int, int]:
     """Nats, tokens, bytes and right guesses of one batch."""
     labels_BS = torch.from_numpy(batch.labels_BS).to(engine.device)
     output = engine.forward(torch.from_numpy(batch.input_ids_BS).to(engine.device), labels_BS)

@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from model.config import ModelConfig
+from moeviz.errors import MoevizError
 from trainer.config import TrainConfig
 from trainer.data import DataConfig, open_data
-from trainer.data_batches import TokenBatches
+from trainer.data_batches import TokenBatches, Weights
+from trainer.data_mixture import parse_mixture, weights_of
+from trainer.data_prefetch import PrefetchedBatches
+from trainer.data_shards import Shards
 from trainer.tokenizer import Tokenizer
 
 
@@ -22,7 +26,9 @@ class Text:
     tokenizer: Tokenizer | None
     """None for token files without a tokenizer."""
     key: str
-    """Changes when any token of the training or validation data does; empty for token files."""
+    """Changes when any token of the training or validation data does."""
+    document_end: int | None = None
+    """The id that ends a document, where tokens are to read their own document only."""
 
     @property
     def token_bytes_V(self) -> np.ndarray | None:
@@ -56,16 +62,32 @@ def open_text(config: TrainConfig, *, tokenizer_file: Path | None = None, quiet:
         bytes_per_domain=data.bytes_per_domain,
     )
     opened = open_data(source, quiet=quiet)
-    batches = TokenBatches(
+    if data.document_mask and config.model.attention == "latent":
+        raise MoevizError(
+            "document_mask cannot stop latents from carrying on; use another attention, or no mask"
+        )
+    if data.document_mask and opened.shards.eos_id is None:
+        raise MoevizError(
+            "document_mask needs to know which token ends a document; name the tokenizer of the token files"
+        )
+    batches = PrefetchedBatches(
         opened.shards,
         batch_size=data.batch_size,
         seq_len=data.seq_len,
         seed=config.seed,
-        weights=data.domain_weights,
+        weights=_weights(config, opened.shards),
         micro_batches=data.gradient_accumulation_steps,
     )
     return Text(
         batches=batches,
         tokenizer=opened.tokenizer,
-        key=opened.shards.path.name if opened.shards.path else "",
+        key=opened.shards.key,
+        document_end=opened.shards.eos_id if data.document_mask else None,
     )
+
+
+def _weights(config: TrainConfig, shards: Shards) -> Weights:
+    if not config.data.mixture:
+        return config.data.domain_weights
+    tokens = {domain: shards.num_tokens("train", domain) for domain in shards.domains}
+    return weights_of(parse_mixture(config.data.mixture), {name: n for name, n in tokens.items() if n})
