@@ -21,12 +21,14 @@ class ImportArguments:
     route-jsonl: a token a line, {"type": "route", "layer", "token_idx", "topk_ids", "topk_weights"}, after a meta
     line, as loggers for vLLM write it. megatron-jsonl: Megatron Core's router trace, a file or its folder of
     router_trace_rank*.jsonl. olmoe-counts: published tokens per expert by domain; a domain becomes a step.
+    sglang-dump: what SGLang's expert distribution recorder dumped, a file or its folder of
+    expert_distribution_recorder_*.pt, in any of its modes; a forward pass becomes a step.
     A faulty line is left out and named; all others count.
     """
 
     file: Positional[Path]
     """The recording."""
-    format: Literal["auto", "route-jsonl", "megatron-jsonl", "olmoe-counts"] = "auto"
+    format: Literal["auto", "route-jsonl", "megatron-jsonl", "olmoe-counts", "sglang-dump"] = "auto"
     """auto: by what the file holds."""
     run: Path | None = None
     """Folder of the run to make; runs/ and the file's name when left out."""
@@ -34,6 +36,8 @@ class ImportArguments:
     """olmoe-counts: which of the file's models; its first when left out."""
     num_experts: int | None = None
     """Experts of a layer, where the file does not say it."""
+    top_k: int | None = None
+    """sglang-dump: experts of a token; only dumps of mode per_token say it themselves."""
 
 
 def main(argv: list[str]) -> int:
@@ -57,6 +61,7 @@ def main(argv: list[str]) -> int:
             None if arguments.format == "auto" else arguments.format,
             model_name=arguments.model,
             num_experts=arguments.num_experts,
+            top_k=arguments.top_k,
             progress=lambda phase, done, total: bar.update(
                 task, description=phase, completed=done, total=total
             ),

@@ -20,12 +20,13 @@ from moeviz.errors import MoevizError
 from moeviz.imports.lines import LineReader, read_megatron, read_routes, trace_files
 from moeviz.imports.published import read_published
 from moeviz.imports.recording import FaultyLine
+from moeviz.imports.sglang import dump_files, read_dumps
 from moeviz.records import AlertRecord, EventRecord, ModelInfo, Record
 from moeviz.store.pack import pack_run
 from moeviz.store.run import RunInfo, create_run
 from moeviz.store.writer import SegmentWriter
 
-RecordingFormat = Literal["route-jsonl", "megatron-jsonl", "olmoe-counts"]
+RecordingFormat = Literal["route-jsonl", "megatron-jsonl", "olmoe-counts", "sglang-dump"]
 
 _SNIFFED_LINES = 50
 _NAMED_FAULTS = 100
@@ -61,16 +62,18 @@ def import_recording(
     *,
     model_name: str | None = None,
     num_experts: int | None = None,
+    top_k: int | None = None,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> Imported:
     """Make a run of routing that another program recorded.
 
     Args:
-        path: the file, or the folder of a Megatron trace.
+        path: the file, or the folder of a Megatron trace or of SGLang's dumps.
         run: folder of the run, made here.
         recording_format: None: by what the file holds.
         model_name: olmoe-counts: which of the file's models.
         num_experts: of a layer, where the file does not say it.
+        top_k: experts of a token, where the file does not say it (sglang-dump).
         progress: called with what is done, how far it is and how far it goes.
 
     Raises:
@@ -86,6 +89,7 @@ def import_recording(
         recording_format or sniff(path),
         model_name=model_name,
         num_experts=num_experts,
+        top_k=top_k,
         progress=lambda done, total: progress("read", done, total),
     )
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +113,8 @@ def sniff(path: Path) -> RecordingFormat:
     Raises:
         MoevizError: none that is known.
     """
+    if dump_files(path):
+        return "sglang-dump"
     with open(trace_files(path)[0], "rb") as file:
         for _, line in zip(range(_SNIFFED_LINES), file, strict=False):
             try:
@@ -125,8 +131,8 @@ def sniff(path: Path) -> RecordingFormat:
     if path.suffix == ".json":
         return "olmoe-counts"
     raise MoevizError(
-        f"{path} begins with no line that a known format has; name it with --format route-jsonl, megatron-jsonl "
-        "or olmoe-counts"
+        f"{path} begins with no line that a known format has; name it with --format route-jsonl, "
+        "megatron-jsonl, olmoe-counts or sglang-dump"
     )
 
 
@@ -136,6 +142,7 @@ def read_recording(
     *,
     model_name: str | None = None,
     num_experts: int | None = None,
+    top_k: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Recording:
     """Read and check a file of a format.
@@ -143,6 +150,8 @@ def read_recording(
     Raises:
         MoevizError: it holds not one decision; the message says what is wrong with its first line.
     """
+    if recording_format == "sglang-dump":
+        return _dumped(path, top_k, progress)
     files = trace_files(path)
     if recording_format == "olmoe-counts":
         published = read_published(files[0], model_name)
@@ -169,6 +178,19 @@ def read_recording(
         )
     model = decisions.model(str(meta.get("model_id", recording_format)))
     return Recording(recording_format, model, decisions.steps, decisions.records, meta, lines.faults, notes)
+
+
+def _dumped(path: Path, top_k: int | None, progress: Callable[[int, int], None]) -> Recording:
+    files = dump_files(path)
+    if not files:
+        raise MoevizError(
+            f"{path} has no expert_distribution_recorder_*.pt; give the file or folder of a dump"
+        )
+    dumps = read_dumps(files, top_k, progress)
+    facts = {"files": [file.name for file in files], "modes": sorted(set(dumps.modes))}
+    return Recording(
+        "sglang-dump", dumps.model(), dumps.steps, dumps.records, facts, dumps.faults, dumps.doubts()
+    )
 
 
 def _write(
