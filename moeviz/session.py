@@ -8,6 +8,7 @@ The only place where capture and store meet:
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import time
@@ -136,7 +137,7 @@ def watch(
         tokenizer=describe_tokenizer(tokenizer),
     )
     ranks.first_then_all(lambda: _open(path, description, resume_from, token_texts(tokenizer, vocab)))
-    inner: Sink = SegmentWriter(path, ranks.rank)
+    inner: Sink = SegmentWriter(path, ranks.rank, flush_seconds=math.inf)  # the queue says when
     if ranks.rank == 0 or ranks.group is None:
         inner = deriving(
             inner,

@@ -18,6 +18,7 @@ from moeviz.alerts import AlertConfig
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from moeviz.records import LoadRecord
+from moeviz.store.quantise import SUM_ERROR
 from moeviz.store.run import read_info
 from moeviz.vocabulary import describe_tokenizer, token_texts
 
@@ -45,7 +46,7 @@ def test_readers_find_what_the_probe_saw(tmp_path: Path) -> None:
         assert row.tokens == load.tokens
         assert row.counts.tolist() == load.counts_LE[row.layer].tolist()
         assert load.prob_sum_LE is not None
-        np.testing.assert_allclose(row.prob_sum, load.prob_sum_LE[row.layer], rtol=1e-5)
+        np.testing.assert_allclose(row.prob_sum, load.prob_sum_LE[row.layer], rtol=SUM_ERROR)
     assert store.sql("SELECT DISTINCT step FROM routing ORDER BY step").step.tolist() == [0, 2]
     assert store.sql("SELECT count(*) AS n FROM attention").n[0] == 2 * 2 * 3 * 2
     once = store.sql("SELECT step, layer, name FROM metrics GROUP BY ALL HAVING count(*) > 1")

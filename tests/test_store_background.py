@@ -17,7 +17,7 @@ import pytest
 from store_runs import Step, new_run
 
 from moeviz.records import EventRecord, LoadRecord, Record, ScalarRecord, TokenRoutingRecord
-from moeviz.store.background import BackgroundSink
+from moeviz.store.background import BackgroundSink, _array_bytes
 from moeviz.store.queries import dropped_samples
 from moeviz.store.reader import open_run
 from moeviz.store.writer import SegmentWriter
@@ -69,6 +69,49 @@ def test_records_arrive_in_order_and_close_closes() -> None:
     assert inner.calls[-1] == "close"
     assert (stats.written, stats.dropped_samples, stats.errors, stats.lost) == (500, 0, 0, 0)
     assert sink.close() == stats
+
+
+def test_small_records_wait_for_the_flush_and_are_worked_on_together() -> None:
+    inner = Memory()
+    sink = BackgroundSink(inner, flush_seconds=1e9)
+    for step in range(3):
+        sink.write(scalar(step))
+    assert inner.calls == []
+    assert sink.flush(60.0)
+    assert inner.calls == ["write"] * 3 + ["flush"]
+    for step in range(3):
+        sink.write(scalar(step))
+    sink.close()
+    assert inner.calls == ["write"] * 3 + ["flush"] + ["write"] * 3 + ["close"]
+
+
+def test_what_was_written_is_seen_without_being_asked_for() -> None:
+    inner = Memory()
+    sink = BackgroundSink(inner, flush_seconds=0.01)
+    for step in range(3):
+        sink.write(scalar(step))
+        patience = time.monotonic() + 60
+        while inner.calls.count("flush") <= step and time.monotonic() < patience:
+            time.sleep(0.001)
+        assert inner.calls == ["write", "flush"] * (step + 1)
+    sink.close()
+
+
+@pytest.mark.parametrize("many", [{"capacity": 8}, {"capacity_bytes": 3_000}])
+def test_a_queue_that_fills_up_is_worked_on_before_the_flush(many: dict[str, float]) -> None:
+    inner = Memory()
+    sink = BackgroundSink(inner, flush_seconds=1e9, **many)  # type: ignore[arg-type]
+    samples = [record for step in range(2) for record in Step(step).records()]
+    sizes = [_array_bytes(record) for record in samples]
+    assert sum(sizes) > 1_500, "more than half of the bytes"
+    for record in samples:
+        sink.write(record)
+    patience = time.monotonic() + 60
+    while not inner.records and time.monotonic() < patience:
+        time.sleep(0.001)
+    assert inner.records
+    assert "flush" not in inner.calls
+    sink.close()
 
 
 def test_a_full_queue_drops_samples_counts_them_and_keeps_everything_else() -> None:
