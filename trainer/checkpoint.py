@@ -166,7 +166,7 @@ def _write(
         return
     standing.save(work)
     model_config = engine.module.config
-    save_file(_without_tied(weights, model_config), work / WEIGHTS_FILE)
+    save_file(without_tied(weights, model_config), work / WEIGHTS_FILE)
     if text.tokenizer is not None:
         text.tokenizer.save(work / TOKENIZER_FILE)
     about = {
@@ -199,7 +199,7 @@ def _read_description(path: Path) -> Checkpoint:
 _TIED, _SOURCE = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def _without_tied(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def without_tied(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """A tied output matrix is one tensor under two names; safetensors stores it once."""
     return {
         name: value.contiguous()

@@ -16,27 +16,29 @@ from moeviz.errors import MoevizError, require
 class ExportArguments:
     """Save a checkpoint for transformers, or the recorded tables of a run as Parquet, CSV or DuckDB.
 
-    hf: the folder opens with `AutoModelForCausalLM.from_pretrained`. The family is the first one that computes
-    exactly what the model computes: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, GLM4-MoE, DeepSeek-V2, DeepSeek-V3 or
-    GPT-OSS. A model that no family computes is refused, and the message names what is in the way.
+    hf: the folder opens with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer`. The family is the first one
+    that computes exactly what the model computes: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, GLM4-MoE, DeepSeek-V2,
+    DeepSeek-V3 or GPT-OSS. A model that no family computes is refused, and the message names what is in the way.
+    safetensors: the weights of any model under our names, with its config and tokenizer.
 
     moeviz export runs/mine --format parquet --tables expert_load metrics --out mine-loads
     """
 
     run: Positional[Path]
-    """A run; for hf its newest checkpoint is taken, or name one checkpoint folder."""
+    """A run; for hf and safetensors its newest checkpoint is taken, or name one checkpoint folder."""
     folder: Positional[Path | None] = None
     """Folder to make; RUN-FORMAT in the current folder when left out."""
     out: Path | None = None
     """The same, by name."""
-    format: Literal["hf", "parquet", "csv", "duckdb"] = "hf"
-    """hf: config.json and safetensors of a checkpoint. parquet, csv: a file a table. duckdb: one file."""
+    format: Literal["hf", "safetensors", "parquet", "csv", "duckdb"] = "hf"
+    """hf: config.json, safetensors and tokenizer.json of a checkpoint. safetensors: its weights under our names.
+    parquet, csv: a file a table. duckdb: one file."""
     tables: tuple[str, ...] = ()
     """Tables to export (not hf); all but `decisions` when left out. `moeviz query RUN` lists them."""
     family: str | None = None
     """Name the family yourself, by transformers' model_type (hf only): mixtral, olmoe, qwen3_moe ..."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of the saved weights (hf only)."""
+    """Type of the saved weights (hf and safetensors)."""
 
 
 def main(argv: list[str]) -> int:
@@ -46,9 +48,11 @@ def main(argv: list[str]) -> int:
     arguments = tyro.cli(ExportArguments, args=argv, prog="moeviz export", config=(FlagCreatePairsOff,))
     if arguments.out is not None and arguments.folder is not None:
         raise MoevizError(f"two folders, {arguments.folder} and --out {arguments.out}; give one of them")
-    if arguments.format == "hf":
+    if arguments.format in ("hf", "safetensors"):
         if arguments.tables:
-            raise MoevizError("--tables goes with --format parquet, csv or duckdb; hf saves a checkpoint")
+            raise MoevizError(
+                "--tables goes with --format parquet, csv or duckdb; hf and safetensors save a checkpoint"
+            )
         return _export_checkpoint(arguments)
     if arguments.family is not None:
         raise MoevizError(f"--family goes with --format hf; {arguments.format} exports recorded tables")
@@ -64,17 +68,19 @@ def _export_checkpoint(arguments: ExportArguments) -> int:
 
     import torch
 
-    from model.hf import to_hf
     from trainer.checkpoint import load_checkpoint
+    from trainer.export import export_hf, export_safetensors
     from trainer.resume import find_checkpoint
 
     folder = _folder(arguments, arguments.run.resolve().name)
     found = find_checkpoint(str(arguments.run), None, note=lambda text: print(text, file=sys.stderr))
-    model = load_checkpoint(found.path).model.to(
-        torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    )
+    loaded = load_checkpoint(found.path)
+    loaded.model.to(torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
     try:
-        to_hf(model, folder, family=arguments.family)
+        if arguments.format == "safetensors":
+            export_safetensors(loaded, folder)
+        else:
+            export_hf(loaded, folder, arguments.family)
     except ValueError as error:
         raise MoevizError(f"{found.path} was not exported: {error}") from error
     print(f"{folder}: step {found.step} of {arguments.run}, {arguments.dtype}")
@@ -91,6 +97,7 @@ def _export_tables(arguments: ExportArguments) -> int:
     from moeviz.store.reader import open_run
 
     assert arguments.format != "hf"
+    assert arguments.format != "safetensors"
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with open_run(resolve_run(str(arguments.run))) as store:
