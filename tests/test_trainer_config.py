@@ -38,7 +38,7 @@ TRAINER_FLAGS = """
 --route-every --route-sequences --attention-every --attention-heads --attention-size
 --latent-every --latent-layers --latent-tokens
 --alert-thresholds --circulating-rules --on-alert-command --on-alert-url --alert-min-severity
---eval-every --eval-sequences --save-every --keep-checkpoints --keep-best
+--eval-every --eval-sequences --probe-every --probe-sequences --save-every --keep-checkpoints --keep-best
 --max-bad-steps --spike-rewind --spike-window --spike-sd --max-rewinds
 --engine --zero-stage --dtype --auto-batch --gradient-checkpointing --device --threads
 """
@@ -102,6 +102,8 @@ def test_a_field_of_another_version_is_refused() -> None:
         (lambda: ScheduleConfig(lr_steps=0), "lr_steps=0 is below 1"),
         (lambda: BalanceConfig(z_coef=-0.1), "z_coef=-0.1 is negative"),
         (lambda: EvaluationConfig(eval_sequences=0), "eval_sequences=0 is below 1"),
+        (lambda: EvaluationConfig(probe_every=-1), "probe_every=-1 is negative"),
+        (lambda: EvaluationConfig(probe_sequences=0), "probe_sequences=0 is below 1"),
         (lambda: CheckpointConfig(keep_checkpoints=0), "keep_checkpoints=0 is below 1"),
         (lambda: AlertingConfig(alert_thresholds=("dead_lime=1",)), "'dead_lime' is no threshold"),
         (lambda: AlertingConfig(on_alert_url="localhost"), "no address"),

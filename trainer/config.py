@@ -193,9 +193,17 @@ class EvaluationConfig:
     """Evaluate every n steps, and before the first and after the last. 0: never."""
     eval_sequences: int = 32
     """Sequences of each domain, the same ones every time."""
+    probe_every: int = 100
+    """With --log-routing: route a fixed probe of held-out text every n steps, to see decisions settle and experts
+    specialise. 0: never."""
+    probe_sequences: int = 4
+    """Sequences of each domain in the probe, of 64 tokens at most; one step's worth of tokens costs a third of a step."""
 
     def __post_init__(self) -> None:
         _require(self.eval_every >= 0, f"eval_every={self.eval_every}", "is negative; 0 means never")
+        _require(self.probe_every >= 0, f"probe_every={self.probe_every}", "is negative; 0 means never")
+        sequences = self.probe_sequences
+        _require(sequences >= 1, f"probe_sequences={sequences}", "is below 1; 4 is usual")
         _require(self.eval_sequences >= 1, f"eval_sequences={self.eval_sequences}", "is below 1; 32 is usual")
 
 

@@ -24,6 +24,7 @@ from moeviz.store.run import RunInfo, create_run, finish_run, resume_run
 from moeviz.store.writer import BackgroundSink, SegmentWriter
 from trainer.config import TrainConfig
 from trainer.engine import Engine
+from trainer.probe import held_out_probe
 from trainer.text import Text
 
 _DENSE = ModelInfo(family="moeviz", layers=())
@@ -43,6 +44,9 @@ class Recorder(Protocol):
 
     def step(self, step: int | None = None, **scalars: float) -> None:
         """An optimizer step is done."""
+
+    def run_probe(self, step: int | None = None) -> None:
+        """Route the fixed probe with the weights as they are after `step` steps. Every rank must call it."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers that belong to a step but are not known at its end."""
@@ -92,6 +96,8 @@ def open_recorder(
             resume_from=resume_from,
             alerts=rules,
             on_alert=on_alert,
+            probe_batch=held_out_probe(text, config, engine.module.config),
+            probe_every=0,  # the loop asks for it, between steps
         )
     if engine.rank > 0:
         return Nowhere()
@@ -116,6 +122,8 @@ class Nowhere:
     def discard(self) -> None: ...
 
     def step(self, step: int | None = None, **scalars: float) -> None: ...
+
+    def run_probe(self, step: int | None = None) -> None: ...
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 

@@ -147,6 +147,8 @@ def _run(parts: Assembly, course: Course, interrupt: Interrupt) -> BaseException
         )
     if stop != "interrupted" and config.evaluation.eval_every:
         _evaluate(parts, course)
+    if stop != "interrupted":
+        parts.recorder.run_probe(course.step)
     if course.saved is None or step_of(course.saved) != course.step:
         course.saved = save(parts, course.step)
     return KeyboardInterrupt() if stop == "interrupted" else None
@@ -157,6 +159,8 @@ def _step(parts: Assembly, course: Course) -> None:
     config, step = parts.config, course.step
     if _is_due(step, config.evaluation.eval_every):
         _evaluate(parts, course)
+    if _is_due(step, config.evaluation.probe_every):
+        parts.recorder.run_probe(step)
     taken = take_step(parts, step)
     course.losses[step] = taken.loss
     note_bad_step(parts, step, taken, course.progress)

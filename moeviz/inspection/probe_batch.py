@@ -87,6 +87,13 @@ def _spread(rows: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
     return [rows[at * len(rows) // count] for at in range(count)]
 
 
+def spread_windows(token_ids: np.ndarray, length: int, count: int) -> list[np.ndarray]:
+    """At most `count` windows of a stream, spread evenly over it; none of a stream shorter than one."""
+    available = len(token_ids) // length
+    starts = [at * available // min(count, available) * length for at in range(min(count, available))]
+    return [token_ids[start : start + length] for start in starts]
+
+
 def windows_of(token_ids: np.ndarray, length: int) -> list[np.ndarray]:
     """A stream of tokens cut into windows of `length`; what is left over is dropped."""
     return [token_ids[at : at + length] for at in range(0, len(token_ids) - length + 1, length)]

@@ -17,6 +17,7 @@ from moeviz.store.queries_latents import (
 )
 from moeviz.store.queries_loads import last_step, load_history, load_matrix, load_over_time, step_range
 from moeviz.store.queries_paths import coactivation, expert_tokens, transitions
+from moeviz.store.queries_probe import ProbePasses, probe_domains, probe_passes, probe_saturation, probe_steps
 from moeviz.store.queries_runs import end_status, has_ended, list_runs, run_state, step_rhythm
 from moeviz.store.queries_series import (
     alert_records,
@@ -40,6 +41,7 @@ from moeviz.store.queries_tokens import (
 
 __all__ = [
     "LatentArrays",
+    "ProbePasses",
     "TraceArrays",
     "alert_records",
     "alert_transitions",
@@ -67,6 +69,10 @@ __all__ = [
     "metric_names",
     "metric_over_time",
     "metrics_around",
+    "probe_domains",
+    "probe_passes",
+    "probe_saturation",
+    "probe_steps",
     "run_state",
     "scalars",
     "scalars_around",
