@@ -9,9 +9,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from store_runs import Step, event, new_run, write_steps
 
@@ -104,7 +108,7 @@ def test_loads_become_visible_after_everything_else_of_their_step(tmp_path: Path
         patch.setattr(
             writer_module,
             "write_segment",
-            lambda folder, *rest: order.append(folder.name) or original(folder, *rest),
+            lambda folder, *rest, **how: order.append(folder.name) or original(folder, *rest, **how),
         )
         write_steps(SegmentWriter(path), range(1))
     assert order[-1] == "expert_load"
@@ -144,10 +148,10 @@ class FullDisk:
     def __init__(self, tables: set[str] | None = None) -> None:
         self.full, self.tables, self.original = True, tables, writer_module.write_segment
 
-    def __call__(self, folder: Path, *rest: object) -> Path:
+    def __call__(self, folder: Path, *rest: Any, **how: Any) -> Path:
         if self.full and (self.tables is None or folder.name in self.tables):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.original(folder, *rest)
+        return self.original(folder, *rest, **how)
 
 
 def test_a_full_disk_loses_nothing_once_there_is_room_again(
@@ -281,7 +285,9 @@ def test_a_full_disk_is_not_tried_again_at_every_record(
     path, disk = new_run(tmp_path / "run"), FullDisk()
     tries: list[str] = []
     monkeypatch.setattr(
-        writer_module, "write_segment", lambda folder, *rest: tries.append("") or disk(folder, *rest)
+        writer_module,
+        "write_segment",
+        lambda folder, *rest, **how: tries.append("") or disk(folder, *rest, **how),
     )
     writer = SegmentWriter(path, flush_seconds=1e9, flush_bytes=1)
     with pytest.raises(OSError, match="No space left"):
@@ -294,3 +300,24 @@ def test_a_full_disk_is_not_tried_again_at_every_record(
     assert writer.stats.rows == 51
     writer.write(event(51, "checkpoint"))
     assert len(tries) == 3
+
+
+def test_on_a_slow_disk_half_of_the_time_is_left_for_taking_in_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flushes, now = new_run(tmp_path / "run"), list[float](), [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr(writer_module, "time", clock)
+    writer = SegmentWriter(path, flush_seconds=1.0, sidecar=False)
+    original = writer._write_table
+
+    def four_seconds(table: str, rows: pa.Table) -> None:
+        flushes.append(now[0])
+        original(table, rows)
+        now[0] += 4.0
+
+    monkeypatch.setattr(writer, "_write_table", four_seconds)
+    for moment in (0.5, 1.0, 5.5, 8.9, 9.0, 13.5):
+        now[0] = max(now[0], moment)
+        writer.write(event(0, "checkpoint"))
+    assert flushes == [1.0, 9.0], "a flush of 1 to 5 s is followed by one at 9 s, not at 6 s"

@@ -45,6 +45,9 @@ class WriterStats(NamedTuple):
 class SegmentWriter:
     """A `Sink` that keeps records in a run folder.
 
+    On a disk so slow that a flush takes longer than `flush_seconds`, the next one waits as long as the last one took:
+    half of the time is then left for taking in rows.
+
     A flush that fails (disk full) raises OSError and keeps its rows: the next one retries. While it fails,
     memory is bounded by `retry_bytes`: rows of samples go first, then the oldest rows of any table, and both
     are counted.
@@ -83,7 +86,7 @@ class SegmentWriter:
         self._flush_seconds, self._flush_bytes, self._retry_bytes = flush_seconds, flush_bytes, retry_bytes
         self._pending: dict[str, list[pa.RecordBatch]] = {table: [] for table in TABLES}
         self._pending_bytes = 0
-        self._last_flush = time.monotonic()
+        self._due = time.monotonic() + flush_seconds
         self._last_ts = 0.0
         self._stats = WriterStats(0, 0, 0, 0)
         self._closed = False
@@ -103,7 +106,7 @@ class SegmentWriter:
                 batch = self._stamped(batch)
             self._pending[table].append(batch)
             self._pending_bytes += batch.nbytes
-        late = time.monotonic() - self._last_flush >= self._flush_seconds
+        late = time.monotonic() >= self._due
         if late or (self._pending_bytes >= self._flush_bytes and not self._failing):
             self.flush()
         elif self._failing:
@@ -115,7 +118,7 @@ class SegmentWriter:
         Raises:
             OSError: the disk refused; what was not written is kept, within bounds, for the next flush.
         """
-        self._last_flush = time.monotonic()
+        begin = time.monotonic()
         failure: OSError | None = None
         for table, batches in self._pending.items():
             if batches:
@@ -126,6 +129,7 @@ class SegmentWriter:
                     failure = error
         self._pending_bytes = sum(batch.nbytes for batches in self._pending.values() for batch in batches)
         self._failing = failure is not None
+        self._due = time.monotonic() + max(self._flush_seconds, time.monotonic() - begin)
         if failure is not None:
             self._bound_memory()
             raise failure
