@@ -68,8 +68,16 @@ EXPERT_LOAD = Table(
         _TS,
         Column("tokens", _U32, "valid tokens of the step"),
         Column("counts", _list(_U32), "assignments per expert before any drop; sums to tokens x K"),
-        Column("prob_sum", _list(_F32), "sum over tokens of the normalised scores; NULL when not recorded"),
-        Column("weight_sum", _list(_F32), "sum over tokens of the gate weights; NULL when not recorded"),
+        Column(
+            "prob_sum",
+            _list(_F32),
+            "sum over tokens of the normalised scores, to 16 significant bits; NULL when not recorded",
+        ),
+        Column(
+            "weight_sum",
+            _list(_F32),
+            "sum over tokens of the gate weights, to 16 significant bits; NULL when not recorded",
+        ),
         Column("bias", _list(_F32), "selection bias at the end of the step; NULL where the router has none"),
         Column("dropped", _list(_U32), "assignments dropped by a capacity limit; NULL for a dropless model"),
         Column("entropy_nats", _F32, "mean entropy of a token's normalised scores, nats"),
@@ -251,14 +259,6 @@ ANALYSIS = Table(
     on_request=True,
 )
 
-TABLES: dict[str, Table] = {
-    table.name: table
-    for table in (
-        ROUTING,
-        SEQUENCES,
-        ATTENTION,
-        LATENTS,
-        METRICS,
 PROBE_ROUTING = Table(
     "probe_routing",
     "Decisions about the fixed probe: the same tokens every time, in evaluation mode, apart from training's routing.",
@@ -275,10 +275,20 @@ PROBE_SEQUENCES = Table(
     on_request=True,
 )
 
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        ROUTING,
+        SEQUENCES,
+        ATTENTION,
+        LATENTS,
+        METRICS,
         SCALARS,
         ALERTS,
         EVENTS,
         ANALYSIS,
+        PROBE_SEQUENCES,
+        PROBE_ROUTING,
         LOAD_LOD,
         EXPERT_LOAD,
     )
@@ -287,8 +297,6 @@ PROBE_SEQUENCES = Table(
 """
 
 VOCAB_SCHEMA = pa.schema([("token_id", _I32), ("text", _TEXT)])
-        PROBE_SEQUENCES,
-        PROBE_ROUTING,
 """vocab.parquet, once per run: the text of each token id."""
 
 
