@@ -76,9 +76,24 @@ def publish(
     console.print(table)
     if bars:
         console.print(bar_table(bars))
+    save(title, rows, bars, facts, out)
+
+
+def save(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    bars: Sequence[Bar],
+    facts: Mapping[str, Any],
+    out: Path | None,
+) -> None:
+    """Write rows and bars as JSON to `out`, if any. Long benchmarks call it after each row: what is cut short is kept.
+
+    Args:
+        facts: what `machine()` said.
+    """
     if out is not None:
         verdicts = [{**asdict(bar), "holds": bar.holds} for bar in bars]
-        data = {"title": title, "machine": facts, "rows": list(rows), "bars": verdicts}
+        data = {"title": title, "machine": dict(facts), "rows": list(rows), "bars": verdicts}
         out.write_text(json.dumps(data, indent=2) + "\n")
 
 
