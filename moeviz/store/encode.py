@@ -134,7 +134,6 @@ def _(record: SequenceRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]
 
 
 @encode.register
-@encode.register
 def _(record: ProbeRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     parts: tuple[Record, ...] = (record.sequences, *record.routings)
     for part in parts:
@@ -142,6 +141,7 @@ def _(record: ProbeRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
             yield rows._replace(table=f"probe_{rows.table}")
 
 
+@encode.register
 def _(record: AttentionRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     rows, cols = record.map_QC.shape
     map_QC = np.nan_to_num(np.asarray(record.map_QC, dtype=np.float32), posinf=0.0, neginf=0.0)
