@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 TEXT = "text"
 _DESCRIPTION = """How good is a checkpoint?
 
-moeviz eval runs/mine                                        loss, perplexity, bits per byte and accuracy by domain
-moeviz eval runs/mine --task hellaswag --task-data tasks/    one task (acc, acc_norm, each with its standard error)
-moeviz eval runs/mine --task all --task-data tasks/          text and every task
-moeviz eval models/OLMoE-1B-7B --task piqa --limit 200       a Hugging Face folder
+    moeviz eval runs/mine                                        loss, perplexity, bits per byte and accuracy by domain
+    moeviz eval runs/mine --task hellaswag --task-data tasks/    one task (acc, acc_norm, each with its standard error)
+    moeviz eval runs/mine --task all --task-data tasks/          text and every task
+    moeviz eval models/OLMoE-1B-7B --task piqa --limit 200       a Hugging Face folder
 
 CHECKPOINT is a run (its newest checkpoint), one checkpoint folder, or a local Hugging Face folder. Results of a run's
 checkpoint are kept in the run, as scalars eval/TASK/METRIC at its step and as an event.

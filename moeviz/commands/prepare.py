@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Tokenise text ahead of training.
 
-moeviz prepare my-texts/ --out shards/mine                   text, JSON Lines (.gz, .zst): one BPE trained on them
-moeviz prepare code=repos/ prose=books.jsonl.zst --out shards/mix --tokenizer starcoder2/tokenizer.json
-moeviz prepare hf:HuggingFaceFW/fineweb-edu:sample-10BT@50000 --out shards/fineweb --tokenizer o200k_base
-moeviz prepare hf:codeparrot/codeparrot-clean@20000 --out shards/code --tokenizer shards/fineweb
-moeviz train --train-data shards/fineweb code=shards/code --mixture code=0.3 fineweb-edu=0.7
-moeviz prepare --check shards/mine                           compare every token with its checksum
+    moeviz prepare my-texts/ --out shards/mine                   text, JSON Lines (.gz, .zst): one BPE trained on them
+    moeviz prepare code=repos/ prose=books.jsonl.zst --out shards/mix --tokenizer starcoder2/tokenizer.json
+    moeviz prepare hf:HuggingFaceFW/fineweb-edu:sample-10BT@50000 --out shards/fineweb --tokenizer o200k_base
+    moeviz prepare hf:codeparrot/codeparrot-clean@20000 --out shards/code --tokenizer shards/fineweb
+    moeviz train --train-data shards/fineweb code=shards/code --mixture code=0.3 fineweb-edu=0.7
+    moeviz prepare --check shards/mine                           compare every token with its checksum
 
 SOURCE is a file, a folder, builtin, generated, or hf:NAME[:CONFIG][@DOCUMENTS] (needs `pip install datasets`).
 NAME=SOURCE makes NAME the domain of all of it; otherwise a file's domain is its folder, its name, or what the field
@@ -70,8 +70,7 @@ def main(argv: list[str]) -> int:
         raise MoevizError(f"--workers {arguments.workers} is below 1; leave it out for all CPUs")
     folder, shards = _prepared(arguments)
     print(_said(folder, shards))
-    sources = " ".join(arguments.sources) if arguments.out is None else str(folder)
-    print(f"  moeviz train --train-data {sources}")
+    print(f"  moeviz train --train-data {folder if arguments.out else _as_asked(arguments)}")
     return 0
 
 
@@ -92,14 +91,27 @@ def _prepared(arguments: PrepareArguments) -> tuple[Path, Shards]:
     return folder, shards
 
 
+def _as_asked(arguments: PrepareArguments) -> str:
+    """The flags with which `moeviz train` finds the same shards in the cache."""
+    words = list(arguments.sources)
+    if arguments.tokenizer != "auto":
+        words += ["--tokenizer", arguments.tokenizer]
+    else:
+        words += ["--vocab-size", str(arguments.vocab_size)]
+    if arguments.validation_fraction != PrepareArguments.validation_fraction:
+        words += ["--validation-fraction", str(arguments.validation_fraction)]
+    return " ".join(words)
+
+
 def _said(folder: Path, shards: Shards) -> str:
     from trainer.corpus import SPLITS
 
     training, held_out = (shards.num_tokens(split) for split in SPLITS)
     lines = [f"{folder}: {training:,} training and {held_out:,} held-out tokens"]
-    width = max(len(domain) for domain in shards.domains)
+    width = max(len("domain"), *(len(domain) for domain in shards.domains))
+    lines.append(f"  {'domain':<{width}}  {'training':>14}  {'held out':>12}  {'documents':>9}")
     for domain in shards.domains:
         training, held_out = (shards.num_tokens(split, domain) for split in SPLITS)
         documents = len(shards.starts("train", domain))
-        lines.append(f"  {domain:<{width}}  {training:>14,}  {held_out:>12,}  {documents:>9,} documents")
+        lines.append(f"  {domain:<{width}}  {training:>14,}  {held_out:>12,}  {documents:>9,}")
     return "\n".join(lines)
