@@ -25,12 +25,12 @@ class PrefetchedBatches(TokenBatches):
         self.waited_seconds = 0.0
         """Time that callers spent here, over all calls: what data cost the steps."""
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[tuple[int, int], Future[Batch]] = {}
+        self.coming: dict[tuple[int, int], Future[Batch]] = {}
         self._last: tuple[int, int] | None = None
 
     def rows(self, first: int, count: int) -> Batch:
         begin = time.perf_counter()
-        coming = self._coming.pop((first, count), None)
+        coming = self.coming.pop((first, count), None)
         batch = super().rows(first, count) if coming is None else coming.result()
         self._look_ahead(first, count)
         self.waited_seconds += time.perf_counter() - begin
@@ -42,10 +42,10 @@ class PrefetchedBatches(TokenBatches):
         if stride <= 0:
             return
         wanted = [(first + ahead * stride, count) for ahead in range(1, _AHEAD + 1)]
-        for rows in [rows for rows in self._coming if rows not in wanted]:
-            self._coming.pop(rows).cancel()
+        for rows in [rows for rows in self.coming if rows not in wanted]:
+            self.coming.pop(rows).cancel()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "batches")
         for rows in wanted:
-            if rows not in self._coming:
-                self._coming[rows] = self._pool.submit(super().rows, *rows)
+            if rows not in self.coming:
+                self.coming[rows] = self._pool.submit(super().rows, *rows)
