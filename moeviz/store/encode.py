@@ -1,7 +1,7 @@
 """Records -> rows of the tables, as Arrow batches. Pure: no file, no clock, no queue.
 
 Arrays are handed over without a copy wherever their layout allows (`ListArray.from_arrays` on the buffer of a
-numpy array), and gate weights shrink to 8 bits: round(255 w / scale), an error of at most 0.002 of the scale.
+numpy array); gate weights and sums of scores lose bits that are noise (see `quantise`).
 
 Shapes: L layers, E experts, N sequences, S sequence, K experts per token.
 """
@@ -30,6 +30,7 @@ from moeviz.records import (
     SequenceRecord,
     TokenRoutingRecord,
 )
+from moeviz.store.quantise import significant, weight_codes
 from moeviz.store.schema import MEANS, TABLES
 
 _SCHEMAS = {name: table.schema for name, table in TABLES.items()}
@@ -69,8 +70,8 @@ def _(record: LoadRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
         "ts": _constant(record.ts, num_layers, pa.float64()),
         "tokens": _constant(record.tokens, num_layers, pa.uint32()),
         "counts": _ragged(record.counts_LE, sizes_L, np.uint32),
-        "prob_sum": _ragged(record.prob_sum_LE, sizes_L, np.float32),
-        "weight_sum": _ragged(record.weight_sum_LE, sizes_L, np.float32),
+        "prob_sum": _ragged(_sums(record.prob_sum_LE), sizes_L, np.float32),
+        "weight_sum": _ragged(_sums(record.weight_sum_LE), sizes_L, np.float32),
         "bias": _ragged(record.bias_LE, sizes_L, np.float32),
         "dropped": _ragged(record.dropped_LE, sizes_L, np.uint32),
     }
@@ -93,7 +94,7 @@ def _(record: TokenRoutingRecord, num_experts: Sequence[int] = ()) -> Iterator[R
     if num_layers * num_seqs == 0:
         return
     lengths_N = np.asarray(record.lengths_N, dtype=np.int32)
-    codes_LNSK, scale_LN = _quantise(record.weights_LNSK)
+    codes_LNSK, scale_LN = weight_codes(record.weights_LNSK)
     yield _rows(
         "routing",
         {
@@ -298,6 +299,10 @@ def _lists(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
 
+def _sums(sums_LE: np.ndarray | None) -> np.ndarray | None:
+    return None if sums_LE is None else significant(sums_LE)
+
+
 def _ragged(array_LE: np.ndarray | None, sizes_L: np.ndarray, dtype: type) -> pa.ListArray | None:
     """[L, E] -> one list per layer, cut to the layer's own number of experts."""
     if array_LE is None:
@@ -318,20 +323,6 @@ def _sequences(array_LNS: np.ndarray, lengths_N: np.ndarray, dtype: type) -> pa.
         array_LNS = array_LNS[:, np.arange(length) < lengths_N[:, None]]
     offsets = np.concatenate(([0], np.cumsum(np.tile(lengths_N.astype(np.int64) * width, num_layers))))
     return _lists(array_LNS.reshape(-1), offsets)
-
-
-def _quantise(weights_LNSK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes, uint8 [L, N, S, K], and the value of code 255, float32 [L, N]: 1 unless a weight exceeds 1."""
-    weights = np.asarray(weights_LNSK, dtype=np.float32)
-    peak_LN = weights.max(axis=(2, 3), initial=0.0)
-    if not np.isfinite(peak_LN).all():  # a diverging run: NaN has no code, 0 is the honest one
-        weights = np.nan_to_num(weights, posinf=0.0, neginf=0.0)
-        peak_LN = weights.max(axis=(2, 3), initial=0.0)
-    scale_LN = np.where(peak_LN > 1, peak_LN, np.float32(1)).astype(np.float32)
-    codes = weights * (np.float32(255) / scale_LN)[:, :, None, None]
-    np.rint(codes, out=codes)
-    np.clip(codes, 0, 255, out=codes)
-    return codes.astype(np.uint8), scale_LN
 
 
 def _json(value: Mapping[str, Any]) -> str:
