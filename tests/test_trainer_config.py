@@ -37,9 +37,11 @@ TRAINER_FLAGS = """
 --balance --aux-coef --z-coef --bias-step --orthogonality-coef --contrastive-coef
 --route-every --route-sequences --attention-every --attention-heads --attention-size
 --latent-every --latent-layers --latent-tokens
+--max-decisions-per-second --max-megabytes-per-second --max-run-megabytes
 --alert-thresholds --circulating-rules --on-alert-command --on-alert-url --alert-min-severity
 --eval-every --eval-sequences --probe-every --probe-sequences --save-every --keep-checkpoints --keep-best
 --max-bad-steps --spike-rewind --spike-window --spike-sd --max-rewinds
+--on-alert --respond-every
 --engine --zero-stage --dtype --auto-batch --gradient-checkpointing --device --threads
 """
 

@@ -7,6 +7,7 @@ recorder attaches its hooks last, so nothing it does can touch the numbers.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,10 +23,12 @@ from trainer.checkpoint_folder import list_checkpoints, set_aside_after
 from trainer.config import TrainConfig
 from trainer.engine import Engine, build_engine, set_threads
 from trainer.frozen import freeze
+from trainer.judge import JUDGE_FILE, Judge
 from trainer.micro_batches import largest_that_fits
 from trainer.origin import Origin, find_origin, model_from
 from trainer.progress import Progress
-from trainer.recorder import Recorder, open_recorder
+from trainer.recorder import Recorder, model_info, open_recorder, run_plan
+from trainer.response_config import Response
 from trainer.resume import CHECKPOINTS, check_resumable, find_checkpoint, run_of
 from trainer.schedule import LearningRate, learning_rate_of
 from trainer.standing import Standing
@@ -48,6 +51,10 @@ class Assembly:
     """Steps that a resumed run has behind it."""
     standing: Standing
     """What guards and interventions remember."""
+    judge: Judge | None
+    """Alert rules that the run acts on; None where it does not."""
+    responders: Mapping[Response, Notifier]
+    """Who is told about which of their alerts; on the first rank."""
 
     @property
     def checkpoints(self) -> Path:
@@ -62,7 +69,7 @@ class Assembly:
     def close(self, error: BaseException | None) -> None:
         """Finish the recording and release the engine; `error` is what ended training, if something did."""
         self.recorder.close(error)
-        for notifier in self.notifiers:
+        for notifier in (*self.notifiers, *self.responders.values()):
             notifier.close()
         self.engine.destroy()
 
@@ -102,6 +109,7 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
     chosen = config.engine.auto_batch and standing.micro_batch is None
     if chosen:
         standing.micro_batch = largest_that_fits(engine, text, config)
+    judge = _judge(config, engine, found)
     recorder = open_recorder(config, run, engine, text, first_step if found else None, on_alert)
     if chosen:
         recorder.event(
@@ -117,6 +125,8 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
         notifiers=notifiers,
         first_step=first_step,
         standing=standing,
+        judge=judge,
+        responders=_responders(config, run) if engine.rank == 0 else {},
     )
 
 
@@ -129,6 +139,24 @@ def _notifiers(config: TrainConfig, run: Path) -> tuple[Notifier, ...]:
         channels.append(Webhook(options.on_alert_url))
     severity = options.alert_min_severity
     return tuple(Notifier(channel, run=str(run), min_severity=severity) for channel in channels)
+
+
+def _judge(config: TrainConfig, engine: Engine, found: Checkpoint | None) -> Judge | None:
+    """The rules, as they were at the checkpoint where it has them."""
+    if not config.response.on_alert:
+        return None
+    judge = Judge(model_info(engine), config.alerting.rules, run_plan(config))
+    if found is not None and (found.path / JUDGE_FILE).exists():
+        judge.load((found.path / JUDGE_FILE).read_bytes())
+    return judge
+
+
+def _responders(config: TrainConfig, run: Path) -> dict[Response, Notifier]:
+    channels: dict[Response, Command | Webhook] = {}
+    for response in config.response.responses:
+        if response.action in ("run", "post"):
+            channels[response] = (Command if response.action == "run" else Webhook)(response.target)
+    return {each: Notifier(channel, run=str(run), min_severity="info") for each, channel in channels.items()}
 
 
 def _new_folder(config: TrainConfig) -> Path:

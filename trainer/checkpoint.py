@@ -7,6 +7,7 @@
       optimizer.pt | deepspeed/   the engine's state
       rng-RANK.pt         random number generators
       standing.json       what guards and interventions remember
+      alerts.state        the alert rules, where the run acts on them
       manifest.json       size and sha256 of every file above
 
 A folder describes itself: `load_checkpoint` needs nothing else. Batches are a pure function of the step, so
@@ -77,9 +78,16 @@ class LoadedCheckpoint(NamedTuple):
 
 
 def save_checkpoint(
-    folder: Path, *, step: int, config: TrainConfig, engine: Engine, text: Text, standing: Standing
+    folder: Path,
+    *,
+    step: int,
+    config: TrainConfig,
+    engine: Engine,
+    text: Text,
+    standing: Standing,
+    more: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write `folder`/step-N, every rank its part. Returns the finished folder.
+    """Write `folder`/step-N, every rank its part; `more` are further files. Returns the finished folder.
 
     Raises:
         SaveError: the disk is full or the folder cannot be written; nothing that was there has changed.
@@ -89,7 +97,9 @@ def save_checkpoint(
     weights = engine.weights()
     try:
         _on_every_rank(engine, lambda: prepare(work) if first else None)
-        _on_every_rank(engine, lambda: _write(work, step, config, engine, text, weights, standing))
+        _on_every_rank(
+            engine, lambda: _write(work, step, config, engine, text, weights, standing, more or {})
+        )
         _on_every_rank(engine, lambda: commit(work, done) if first else None)
     except SaveError as error:
         if first:
@@ -158,6 +168,7 @@ def _write(
     text: Text,
     weights: Mapping[str, Tensor],
     standing: Standing,
+    more: Mapping[str, bytes],
 ) -> None:
     """This rank's files; what all ranks share is the first one's."""
     engine.save_state(work)
@@ -165,6 +176,8 @@ def _write(
     if engine.rank > 0:
         return
     standing.save(work)
+    for name, content in more.items():
+        (work / name).write_bytes(content)
     model_config = engine.module.config
     save_file(without_tied(weights, model_config), work / WEIGHTS_FILE)
     if text.tokenizer is not None:

@@ -17,6 +17,7 @@ from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from moeviz.records import Severity
 from trainer.data_mixture import parse_mixture
+from trainer.response_config import ResponseConfig
 
 
 def _require(holds: bool, value: str, rule: str) -> None:
@@ -329,6 +330,8 @@ class TrainConfig:
     """Checkpoints."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Bad steps."""
+    response: ResponseConfig = field(default_factory=ResponseConfig)
+    """Interventions."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Engine, precision, device."""
 
@@ -343,6 +346,19 @@ class TrainConfig:
         _require(self.log_every >= 1, f"log_every={self.log_every}", "is below 1; 10 is usual")
         _require(self.seed >= 0, f"seed={self.seed}", "is negative; give 0 or a positive number")
         self._check_optimizer()
+        self._check_responses()
+
+    def _check_responses(self) -> None:
+        actions = {response.action for response in self.response.responses}
+        for action, balance in (("raise_bias", "bias"), ("raise_aux", "aux")):
+            if action in actions and self.balance.balance != balance:
+                raise MoevizError(
+                    f"on_alert {action} with balance={self.balance.balance} changes nothing; use --balance {balance}"
+                )
+        if "reinit_router" in actions and self.engine.engine == "deepspeed" and self.engine.zero_stage == 3:
+            raise MoevizError(
+                "on_alert reinit_router cannot reach divided weights; use --zero-stage 2 or less"
+            )
 
     def _check_optimizer(self) -> None:
         name, shape, engine = self.optim.optimizer, self.schedule.schedule, self.engine
@@ -371,10 +387,11 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data for JSON, the inverse of `from_dict`.
 
-        Without the command and the address for alerts: they often hold secrets, and this goes into run folders.
+        Without commands and addresses for alerts: they often hold secrets, and this goes into run folders.
         """
         told_nobody = replace(self.alerting, on_alert_command=None, on_alert_url=None)
-        return _plain(asdict(replace(self, alerting=told_nobody)))
+        untold = replace(self.response, on_alert=self.response.kept)
+        return _plain(asdict(replace(self, alerting=told_nobody, response=untold)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:

@@ -66,6 +66,9 @@ class Engine(Protocol):
     def evaluating(self) -> AbstractContextManager[None]:
         """Inside, the module has the weights that are evaluated and exported, where training uses others."""
 
+    def replace_rows(self, name: str, rows: list[int], values: Tensor) -> None:
+        """Set rows of a parameter between two steps and forget their momentum. Every rank must call it."""
+
     def sum_ranks(self, values: Tensor) -> Tensor:
         """The element-wise sum of a tensor over all ranks; the tensor itself on a single rank."""
 

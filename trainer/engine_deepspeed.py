@@ -27,7 +27,7 @@ from model.lm import ModelOutput, MoELanguageModel
 from moeviz.errors import MoevizError, require
 from trainer.config import TrainConfig
 from trainer.engine import Update, choose_device
-from trainer.optim import build_optimizer, set_learning_rate
+from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 
 _TAG = "deepspeed"
 
@@ -112,6 +112,24 @@ class DeepSpeedEngine:
         """In stage 0 DeepSpeed reports no norm; gradients are whole and already averaged over the ranks."""
         gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+    @torch.no_grad()
+    def replace_rows(self, name: str, rows: list[int], values: Tensor) -> None:
+        from deepspeed import utils
+
+        weight = self.module.get_parameter(name)
+        weight[rows] = values.to(weight)
+        if self._stage == 0:
+            forget_rows(self._engine.optimizer.state[weight], weight, rows)
+            return
+        master = utils.safe_get_full_fp32_param(weight)
+        master[rows] = values.to(master)
+        utils.safe_set_full_fp32_param(weight, master)
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = utils.safe_get_full_optimizer_state(weight, key)
+            if moment is not None:
+                moment[rows] = 0
+                utils.safe_set_full_optimizer_state(weight, moment, key)
 
     def sum_ranks(self, values: Tensor) -> Tensor:
         if self.world_size == 1:

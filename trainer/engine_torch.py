@@ -20,7 +20,7 @@ from moeviz.errors import MoevizError
 from trainer.config import TrainConfig
 from trainer.engine import Update, choose_device
 from trainer.loss_scale import LossScale
-from trainer.optim import build_optimizer, set_learning_rate
+from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 from trainer.precision import MasterWeights, cast_weights
 
 _STATE_FILE = "optimizer.pt"
@@ -98,6 +98,13 @@ class TorchEngine:
         """To the bit: what the optimizer computes back from its average is rounded."""
         for name, weight in self._masters.named():
             weight.copy_(trained[name])
+        self._masters.publish()
+
+    @torch.no_grad()
+    def replace_rows(self, name: str, rows: list[int], values: Tensor) -> None:
+        weight = dict(self._masters.named())[name]
+        weight[rows] = values.to(weight)
+        forget_rows(self._optimizer.state[weight], weight, rows)
         self._masters.publish()
 
     def sum_ranks(self, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moeviz.errors import require
 from trainer.config import OptimConfig
@@ -65,3 +65,10 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
     """Give every group of a torch (or DeepSpeed-wrapped) optimizer the rate of the coming step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def forget_rows(state: dict[str, Any], weight: Tensor, rows: list[int]) -> None:
+    """Begin the running means of these rows of a parameter anew; what follows the weight itself follows it."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            value[rows] = weight[rows] if key == "z" else 0

@@ -75,13 +75,7 @@ def open_recorder(
     Raises:
         MoevizError: the folder holds a run already, or the one to resume cannot be read.
     """
-    plan = RunPlan(
-        planned_steps=config.max_steps,
-        warmup_steps=config.schedule.warmup_steps,
-        grad_clip=config.optim.grad_clip or None,
-        bias_step=config.balance.bias_step if config.balance.balance == "bias" else None,
-        z_coef=config.balance.z_coef or None,
-    )
+    plan = run_plan(config)
     rules = config.alerting.rules
     if config.log_routing:
         return watch(
@@ -103,7 +97,7 @@ def open_recorder(
         return Nowhere()
     description = RunInfo(
         name=run.resolve().name,
-        model=find_sites(engine.module).info if engine.module.config.num_moe_layers else _DENSE,
+        model=model_info(engine),
         policy=asdict(config.sampling),
         config=with_rules(config.to_dict(), rules),
         planned_steps=config.max_steps,

@@ -10,6 +10,7 @@ from pathlib import Path
 from trainer.assembly import Assembly
 from trainer.checkpoint import SaveError, save_checkpoint
 from trainer.checkpoint_folder import keep_newest, mark_best, step_of
+from trainer.judge import JUDGE_FILE
 from trainer.progress import Progress
 
 
@@ -26,6 +27,7 @@ def save(parts: Assembly, step: int) -> Path:
         engine=parts.engine,
         text=parts.text,
         standing=parts.standing,
+        more={JUDGE_FILE: parts.judge.dump()} if parts.judge else {},
     )
     if parts.engine.rank == 0:
         keep_newest(parts.checkpoints, parts.config.checkpoint.keep_checkpoints)

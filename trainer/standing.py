@@ -38,6 +38,8 @@ class Standing:
     """... of bias_step."""
     aux_factor: float = 1.0
     """... of aux_coef."""
+    responded: dict[str, int] = field(default_factory=dict)
+    """Step of the last response to each open alert."""
 
     def balance(self, config: BalanceConfig) -> BalanceConfig:
         """The config as interventions left it."""

@@ -31,6 +31,8 @@ class StepTaken:
     learning_rate: float
     counts_LE: Tensor
     """Assignments of all micro-batches and ranks."""
+    z_L: Tensor
+    """Mean squared logsumexp of the router's logits; of this rank alone unless the run acts on alerts."""
     expert_grads: dict[str, float]
     """Gradient norm of each expert, in the steps that record them."""
     seconds: float
@@ -42,6 +44,7 @@ class StepSums:
 
     loss: Tensor
     counts_LE: Tensor
+    z_L: Tensor
 
 
 def take_step(parts: Assembly, step: int) -> StepTaken:
@@ -66,6 +69,7 @@ def take_step(parts: Assembly, step: int) -> StepTaken:
         update=update,
         learning_rate=learning_rate,
         counts_LE=counts_LE,
+        z_L=engine.sum_ranks(sums.z_L) / engine.world_size if parts.judge else sums.z_L,
         expert_grads=expert_grads,
         seconds=time.perf_counter() - begin,
     )
@@ -103,6 +107,7 @@ def _accumulate(parts: Assembly, step: int, size: int) -> StepSums:
     sums = StepSums(
         loss=torch.zeros((), device=engine.device),
         counts_LE=torch.zeros((), dtype=torch.int64, device=engine.device),
+        z_L=torch.zeros((), device=engine.device),
     )
     rows = sum(len(batch.domains) for batch in micro_batches)
     for index, batch in enumerate(micro_batches):
@@ -126,6 +131,7 @@ def _one_micro_batch(parts: Assembly, batch: Batch, sums: StepSums, *, share: fl
     parts.recorder.token_loss(output.token_loss_BS)
     sums.loss = sums.loss + output.ce.detach() * share
     sums.counts_LE = sums.counts_LE + output.expert_counts_LE
+    sums.z_L = sums.z_L + output.aux["z"].detach() * share
 
 
 def _losses_of_a_step(parts: Assembly, batch: Batch, sums: StepSums) -> dict[str, Tensor]:

@@ -22,13 +22,14 @@ from trainer.config import TrainConfig
 from trainer.evaluate import DomainLoss, evaluate, evaluation_scalars
 from trainer.guards import note_bad_step
 from trainer.interrupt import Interrupt
+from trainer.interventions import respond
 from trainer.progress import Progress, Silent, StepReport
 from trainer.restart import Restart
 from trainer.saving import save, save_if_best, save_or_warn
 from trainer.spikes import go_back_at_a_spike
 from trainer.step import StepTaken, take_step
 
-Stop = Literal["interrupted", "time"]
+Stop = Literal["interrupted", "time", "alert"]
 """Why a run ends before its last step."""
 
 
@@ -47,6 +48,8 @@ class TrainResult:
     """The newest checkpoint written by this call."""
     interrupted: bool
     seconds: float
+    stopped_by: str | None = None
+    """The alert that ended the run, where it was told to stop at one."""
 
 
 @dataclass(kw_only=True)
@@ -61,6 +64,7 @@ class Course:
     losses: dict[int, float] = field(default_factory=dict)
     evaluations: dict[int, Mapping[str, DomainLoss]] = field(default_factory=dict)
     saved: Path | None = None
+    stopped_by: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -108,6 +112,7 @@ def train(
         evaluations=course.evaluations,
         checkpoint=course.saved,
         interrupted=interrupted,
+        stopped_by=course.stopped_by,
         seconds=time.monotonic() - started,
     )
 
@@ -141,6 +146,8 @@ def _run(parts: Assembly, course: Course, interrupt: Interrupt) -> BaseException
     stop: Stop | None = None
     while course.step < config.max_steps and not (stop := _asked_to_stop(parts, course, interrupt)):
         _step(parts, course)
+    if course.stopped_by:
+        course.progress.note(f"stopped by {course.stopped_by}")
     if stop == "time":
         course.progress.note(
             f"time is up: {course.step} of {config.max_steps} steps in {config.max_minutes:g} minutes"
@@ -164,6 +171,7 @@ def _step(parts: Assembly, course: Course) -> None:
     taken = take_step(parts, step)
     course.losses[step] = taken.loss
     note_bad_step(parts, step, taken, course.progress)
+    course.stopped_by = respond(parts, step, taken, course.progress)
     if taken.update.taken:
         go_back_at_a_spike(parts, step, taken.loss, course.progress)
     _report(parts, course, taken)
@@ -232,7 +240,9 @@ def _evaluate(parts: Assembly, course: Course) -> None:
 
 
 def _asked_to_stop(parts: Assembly, course: Course, interrupt: Interrupt) -> Stop | None:
-    """Whether any rank was asked to, or is out of time: all of them stop after the same step."""
+    """Whether an alert or any rank was asked to, or is out of time: all of them stop after the same step."""
+    if course.stopped_by:
+        return "alert"
     minutes = parts.config.max_minutes
     over = minutes is not None and bool(course.losses) and course.seconds >= 60 * minutes
     wishes = torch.tensor([float(interrupt.requested), float(over)], device=parts.engine.device)

@@ -34,6 +34,9 @@ ALIASES = {
 }
 """Spellings of other trainers, by what they are called here."""
 
+LISTS = ("--on-alert", "--freeze", "--train-only", "--alert-thresholds")
+"""Flags that take several values, and may be given several times."""
+
 _DESCRIPTION = """Train a Mixture-of-Experts language model.
 
 moeviz train --preset demo --log-routing       the tour: two minutes on a laptop, then `moeviz tui`
@@ -45,7 +48,7 @@ moeviz train --init-from CHECKPOINT --train-data mine/ --train-only router      
 
 
 def main(argv: list[str]) -> int:
-    """Run the command. Returns 0, or 130 when it was interrupted (after saving a checkpoint)."""
+    """Run the command. Returns 0; 1 when an alert stopped it, 130 when a person did, both after a checkpoint."""
     # Before torch loads: threads that wait for each other by spinning lose 5 to 8 times their speed as soon as
     # anything else (a dashboard, say) wants one of their cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -62,7 +65,7 @@ def main(argv: list[str]) -> int:
     result = train(config, progress=open_progress(console, config.log_every) if is_first else Silent())
     if is_first:
         print(summary(result, config.log_routing), flush=True)
-    return 130 if result.interrupted else 0
+    return 130 if result.interrupted else 1 if result.stopped_by else 0
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -75,7 +78,7 @@ def parse(argv: list[str]) -> TrainConfig:
 
     from trainer.config import TrainConfig
 
-    argv = _with_resume_value(_spelled_out(argv))
+    argv = _gathered(_with_resume_value(_spelled_out(argv)))
     defaults = _defaults(argv)
     config = tyro.cli(
         TrainConfig,
@@ -151,6 +154,24 @@ def _with_resume_value(argv: list[str]) -> list[str]:
     return words
 
 
+def _gathered(argv: list[str]) -> list[str]:
+    """A flag for a list, given several times, means all of its values."""
+    words: list[str] = []
+    values: dict[str, list[str]] = {}
+    into: list[str] | None = None
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name in LISTS:
+            into = values.setdefault(name, [])
+            into += [value] if equals else []
+        elif into is None or word.startswith("--"):
+            into = None
+            words.append(word)
+        else:
+            into.append(word)
+    return words + [word for name, given in values.items() for word in (name, *given)]
+
+
 def _value(argv: list[str], flag: str) -> str | None:
     """The value a flag is given; the last one counts."""
     value = None
@@ -167,13 +188,13 @@ def summary(result: TrainResult, log_routing: bool) -> str:
     lines = []
     if len(result.evaluations) > 1:
         lines += _table(result)
-    state = "interrupted" if result.interrupted else "done"
+    state = "interrupted" if result.interrupted else "stopped" if result.stopped_by else "done"
     lines.append(f"{state}: {result.steps_done} steps in {result.run} ({result.seconds:.0f} s)")
     if result.checkpoint is not None:
         lines.append(f'  moeviz inspect {result.checkpoint} --text "..."')
     if log_routing:
         lines.append(f"  moeviz tui {result.run}        moeviz dash {result.run}")
-    if result.interrupted:
+    if result.interrupted or result.stopped_by:
         lines.append(f"  moeviz train --resume {result.run}")
     return "\n".join(lines)
 
