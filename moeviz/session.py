@@ -31,6 +31,7 @@ from moeviz.ranks import Ranks
 from moeviz.records import AlertRecord, EventRecord, ModelInfo, Record, Sink
 from moeviz.store.past import read_past
 from moeviz.store.run import RunInfo, create_run, finish_run, read_info, resume_run, write_info, write_vocab
+from moeviz.store.segments import sampled_bytes
 from moeviz.store.writer import BackgroundSink, SegmentWriter
 from moeviz.vocabulary import describe_tokenizer, token_texts
 
@@ -136,6 +137,8 @@ def watch(
         ranks=ranks.size,
         tokenizer=describe_tokenizer(tokenizer),
     )
+    if resume_from is not None and policy.has_budget:
+        options["spent_bytes"] = sampled_bytes(path, ranks.rank)
     ranks.first_then_all(lambda: _open(path, description, resume_from, token_texts(tokenizer, vocab)))
     inner: Sink = SegmentWriter(path, ranks.rank, flush_seconds=math.inf)  # the queue says when
     if ranks.rank == 0 or ranks.group is None:

@@ -25,7 +25,7 @@ STAGES = {
     "selecting attention": "moeviz.capture.tap.select",
     "drawing maps": "moeviz.capture.tap.block_maps",
     "copying loads to the host": "moeviz.capture.load_batch.HostCopy",
-    "copying samples to the host": "moeviz.capture.probe.HostCopy",
+    "copying samples to the host": "moeviz.capture.samples.HostCopy",
     "building the load": "moeviz.capture.load_batch.LoadRecord",
     "building samples": "moeviz.capture.sample_batch.TokenRoutingRecord",
 }

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
 import torch
 from torch import Tensor
 
@@ -174,3 +173,17 @@ class LoadBatch:
             dropped_LE=None if load.dropped_LE is None else counts[1],
             token_sums={name: token_sums_NL[TOKEN_SUMS.index(name)] for name in load.token_sums},
         )
+
+
+def split_scalars(scalars: Mapping[str, float | Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """(numbers, tensors on an accelerator): asking the latter for their value now would wait for the device."""
+    on_host: dict[str, float] = {}
+    on_device: dict[str, Tensor] = {}
+    for name, value in scalars.items():
+        if not isinstance(value, Tensor):
+            on_host[name] = float(value)
+        elif not value.is_cpu:
+            on_device[name] = value.detach().float().mean()
+        else:
+            on_host[name] = value.item() if value.numel() == 1 else value.detach().float().mean().item()
+    return on_host, on_device

@@ -19,20 +19,19 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from moeviz.capture.collect import StepSums
+from moeviz.capture.budget import Budget, volume
+from moeviz.capture.collect import RoutingPiece, StepSums
 from moeviz.capture.failures import PATIENCE, Failures, ProbeError
 from moeviz.capture.fixed_probe import FixedProbe, ProbePass, probe_inputs
-from moeviz.capture.load_batch import LoadBatch, LoadSource
+from moeviz.capture.load_batch import LoadBatch, LoadSource, split_scalars
 from moeviz.capture.rank_sum import RankSum
 from moeviz.capture.reading import Adapter
 from moeviz.capture.sample_batch import SampleBatch
 from moeviz.capture.samples import StepSamples
 from moeviz.capture.sites import find_sites
 from moeviz.capture.tap import Tap, When
-from moeviz.capture.transfer import HostCopy
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from moeviz.records import EventRecord, LoadRecord, ModelInfo, Record, ScalarRecord, Sink
@@ -52,6 +51,7 @@ def attach(
     process_group: Any = None,
     probe_batch: Any = None,
     probe_every: int = 0,
+    spent_bytes: float = 0.0,
 ) -> Probe:
     """Watch a model, before it is compiled.
 
@@ -68,6 +68,7 @@ def attach(
         process_group: sum loads over its ranks (a gloo group that nobody else uses); rank 0 writes them.
         probe_batch: fixed tokens that are run again and again, see `fixed_probe.probe_inputs`; on every rank.
         probe_every: run them at the end of every n-th step; 0: only when `Probe.run_probe` is called.
+        spent_bytes: samples of the run that are on disk already, for the policy's `max_run_megabytes`.
 
     Raises:
         ProbeError: a dense or compiled model, routers that no adapter reads, or an info of another model.
@@ -87,6 +88,7 @@ def attach(
         probe._fixed = FixedProbe(sites, inputs, rank=rank, record=process_group is None or rank == 0)
         probe._probe_every = probe_every
     probe._tap = Tap(sites, policy or SamplingPolicy(), when, probe._failed)
+    probe._budget = Budget(probe._tap.sampler.policy, spent_bytes)
     probe._tap.step = first_step
     layers = tuple(group.layers for group in probe._tap.collector.groups)
     probe._source = replace(probe._source, layers=layers)
@@ -102,6 +104,7 @@ class Probe:
     """Watches one model; made by `attach` or `moeviz.watch`. Use as a context manager, or call `close`."""
 
     _tap: Tap
+    _budget: Budget
 
     def __init__(
         self, info: ModelInfo, sink: Sink, rank: int, first_step: int, defer: bool, process_group: Any
@@ -275,6 +278,7 @@ class Probe:
 
     def _finish_step(self, number: int, scalars: Mapping[str, float | Tensor]) -> None:
         sums, samples = self._tap.take()
+        routing, sums.routing = sums.routing, []
         whole = not self.failures.spoiled and len(sums.layers_seen) == self.info.num_layers
         if not whole and self._tap.attached:
             self._explain_empty(sums)
@@ -283,12 +287,26 @@ class Probe:
             self._check_first(load.load())
         self._hand_on(load)
         if whole and samples.sequences:
-            self._hand_on(self._sample_batch(number, sums, samples))
+            self._hand_on(samples.batch(number, self.rank, self.info, routing, self._tap.map_size))
+        if self._budget.limited:
+            self._keep_within_budget(number, routing, samples)
+
+    def _keep_within_budget(self, number: int, routing: Sequence[RoutingPiece], samples: StepSamples) -> None:
+        """Count what the step's samples amount to; move the sampling where a limit asks for it, and say so."""
+        count = sum(len(piece.seqs) for piece in samples.sequences)
+        recorded = (
+            volume(count, [piece.experts_LNSK for piece in routing], samples.tensors) if count else None
+        )
+        change = self._budget.end_step(self._tap.sampler.sequences, recorded)
+        if change is not None:
+            self._tap.sampler.policy = change.policy
+            self.event("sampling", number, **change.detail())
+            self.failures.say("sampling", f"sampling from step {number + 1} on: {change.message()}")
 
     def _load_batch(
         self, number: int, sums: StepSums, scalars: Mapping[str, float | Tensor], whole: bool
     ) -> LoadBatch:
-        on_host, on_device = _split(scalars)
+        on_host, on_device = split_scalars(scalars)
         batch = LoadBatch(
             source=self._source,
             step=number,
@@ -302,26 +320,6 @@ class Probe:
         if on_device or any(total.counts_LE.is_cuda for total in sums.sums.values()):
             batch.send()
         return batch
-
-    def _sample_batch(self, number: int, sums: StepSums, samples: StepSamples) -> SampleBatch:
-        tensors = dict(samples.tensors)
-        for position, piece in enumerate(sums.routing):
-            tensors[f"experts/{position}"] = piece.experts_LNSK
-            tensors[f"weights/{position}"] = piece.weights_LNSK
-        alike: dict[tuple[int, int], list[int]] = {}
-        for layer in self.info.layers:
-            alike.setdefault((layer.num_experts, layer.top_k), []).append(layer.layer)
-        return SampleBatch(
-            step=number,
-            rank=self.rank,
-            copy=HostCopy(tensors),
-            sequences=samples.sequences,
-            routing=[(piece.layers, piece.micro_batch) for piece in sums.routing],
-            groups=list(alike.values()),
-            maps=samples.maps,
-            map_size=self._tap.map_size,
-            latents=samples.latents,
-        )
 
     def _explain_empty(self, sums: StepSums) -> None:
         """A step that missed routers: an error with a remedy at first, a warning and an event later."""
@@ -385,20 +383,6 @@ class Probe:
         )
         self.failures.say("give up", message)
         self.event("detached", message=message)
-
-
-def _split(scalars: Mapping[str, float | Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """(numbers, tensors on an accelerator): asking the latter for their value now would wait for the device."""
-    on_host: dict[str, float] = {}
-    on_device: dict[str, Tensor] = {}
-    for name, value in scalars.items():
-        if not isinstance(value, Tensor):
-            on_host[name] = float(value)
-        elif not value.is_cpu:
-            on_device[name] = value.detach().float().mean()
-        else:
-            on_host[name] = value.item() if value.numel() == 1 else value.detach().float().mean().item()
-    return on_host, on_device
 
 
 def _no_router_seen(info: ModelInfo, sums: StepSums) -> str:

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moeviz.capture.collect import RoutingPiece
 from moeviz.capture.latent_batch import LatentPiece
 from moeviz.capture.micro_batch import MicroBatch
-from moeviz.capture.sample_batch import MapPiece, SequencePiece
+from moeviz.capture.sample_batch import MapPiece, SampleBatch, SequencePiece
 from moeviz.capture.sampling import choose_rows
-from moeviz.capture.transfer import index_tensor
+from moeviz.capture.transfer import HostCopy, index_tensor
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
+from moeviz.records import ModelInfo
 
 
 @dataclass(eq=False)
@@ -26,6 +28,29 @@ class StepSamples:
     latents: list[LatentPiece] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """On the device, by the names of `SampleBatch.copy`."""
+
+    def batch(
+        self, step: int, rank: int, info: ModelInfo, routing: Sequence[RoutingPiece], map_size: int
+    ) -> SampleBatch:
+        """These samples with the decisions of their sequences, on their way to the host."""
+        tensors = dict(self.tensors)
+        for position, piece in enumerate(routing):
+            tensors[f"experts/{position}"] = piece.experts_LNSK
+            tensors[f"weights/{position}"] = piece.weights_LNSK
+        alike: dict[tuple[int, int], list[int]] = {}
+        for layer in info.layers:
+            alike.setdefault((layer.num_experts, layer.top_k), []).append(layer.layer)
+        return SampleBatch(
+            step=step,
+            rank=rank,
+            copy=HostCopy(tensors),
+            sequences=self.sequences,
+            routing=[(piece.layers, piece.micro_batch) for piece in routing],
+            groups=list(alike.values()),
+            maps=self.maps,
+            map_size=map_size,
+            latents=self.latents,
+        )
 
 
 class Sampler:
@@ -42,7 +67,8 @@ class Sampler:
         self.latent_rows_N: Tensor | None = None
         """Those of them whose latents are recorded."""
         self._seen = 0
-        self._expected = 0
+        self.sequences = 0
+        """Of the last step, recorded or not; as many are expected of the next one."""
         self._labels: deque[str | None] = deque()
         self._label_of_all: str | None = None
         self._rows: list[int] = []
@@ -66,7 +92,7 @@ class Sampler:
         wanted = (
             policy.route_sequences if routes else max(self.attention_sequences if attends else 0, latents)
         )
-        rows = choose_rows(first, size, self._expected, wanted, step, taken)
+        rows = choose_rows(first, size, self.sequences, wanted, step, taken)
         if not rows:
             return
         source = micro_batch.ids_BS if micro_batch.ids_BS is not None else micro_batch.valid_BS
@@ -125,7 +151,7 @@ class Sampler:
     def take(self) -> StepSamples:
         """The samples of the step, and a fresh start."""
         done, self.step = self.step, StepSamples()
-        self._expected, self._seen = self._seen, 0
+        self.sequences, self._seen = self._seen, 0
         self._labels.clear()
         self._label_of_all = None
         self._rows, self.rows_N, self.attention_rows_N, self.latent_rows_N = [], None, None, None

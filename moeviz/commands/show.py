@@ -94,6 +94,7 @@ def gather(store: Store, step: int | None = None) -> dict[str, Any]:
         },
         "alerts": [asdict(alert) for alert in queries.alert_records(store)],
         "dropped_samples": queries.dropped_samples(store),
+        "sampling_level": queries.sampling_level(store),
         "notes": store.notes,
     }
 
@@ -183,6 +184,8 @@ def _header(facts: dict[str, Any]) -> RenderableType:
         details.append(f"resumed {facts['attempts'] - 1} x")
     if facts["dropped_samples"]:
         details.append(f"{facts['dropped_samples']:,} samples dropped")
+    if facts["sampling_level"]:
+        details.append(f"sampling thinned to 1/{2 ** facts['sampling_level']:,} by its budget")
     grid = Table.grid()
     grid.add_row(title)
     grid.add_row(Text(shape))

@@ -27,6 +27,7 @@ from moeviz.store.queries_series import (
     events,
     metric_names,
     metric_over_time,
+    sampling_level,
     scalars,
 )
 from moeviz.store.queries_tokens import (
@@ -74,6 +75,7 @@ __all__ = [
     "probe_saturation",
     "probe_steps",
     "run_state",
+    "sampling_level",
     "scalars",
     "scalars_around",
     "sequences",

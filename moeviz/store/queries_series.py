@@ -154,3 +154,15 @@ def dropped_samples(store: Store) -> int:
         )
     )["dropped"].iloc[0]
     return 0 if pd.isna(value) else int(value)
+
+
+def sampling_level(store: Store) -> int:
+    """Halvings of the sampling by which a budget keeps to its limits now; 0: everything that the policy asks for."""
+    value = store.frame(
+        lambda: (
+            f"""SELECT max(level) AS level FROM (
+        SELECT arg_max(coalesce((detail->>'level')::INTEGER, 0), ts) AS level FROM {store.source("events")}
+        WHERE kind IN ('sampling', 'resumed') GROUP BY rank)"""
+        )
+    )["level"].iloc[0]
+    return 0 if pd.isna(value) else int(value)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moeviz.store.cover import SegmentName
+from moeviz.store.cover import SegmentName, cover
+from moeviz.store.schema import TABLES
 
 _MAGIC = b"PAR1"
 _DICTIONARY_COLUMNS = (
@@ -146,6 +148,17 @@ def segment_names(folder: Path) -> list[str]:
         return [name for name in os.listdir(folder) if not name.startswith(".")]
     except FileNotFoundError:
         return []
+
+
+def sampled_bytes(run: Path, rank: int) -> int:
+    """Bytes on disk of the samples that `rank` wrote so far."""
+    return sum(
+        (run / table.name / str(name)).stat().st_size
+        for table in TABLES.values()
+        if table.sampled
+        for name, _ in cover(segment_names(run / table.name), time.time())
+        if name.rank == rank
+    )
 
 
 def remove_temporaries(folder: Path, rank: int) -> int:
