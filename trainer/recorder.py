@@ -106,6 +106,22 @@ def open_recorder(
     return ScalarRecorder.open(run, description, resume_from, plan, rules, on_alert)
 
 
+def run_plan(config: TrainConfig) -> RunPlan:
+    """What the alert rules must know about a run."""
+    return RunPlan(
+        planned_steps=config.max_steps,
+        warmup_steps=config.schedule.warmup_steps,
+        grad_clip=config.optim.grad_clip or None,
+        bias_step=config.balance.bias_step if config.balance.balance == "bias" else None,
+        z_coef=config.balance.z_coef or None,
+    )
+
+
+def model_info(engine: Engine) -> ModelInfo:
+    """The description of the model, as a probe would find it."""
+    return find_sites(engine.module).info if engine.module.config.num_moe_layers else _DENSE
+
+
 class Nowhere:
     """Records nothing: ranks after the first, where no routing is recorded."""
 
