@@ -6,11 +6,13 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from store_runs import L, Step, alert, event, model_info, new_run, write_steps
 
 from moeviz.cli import main
 from moeviz.commands.alerts import follow
+from moeviz.records import ModelInfo, ScalarRecord
 from moeviz.store import run as run_module
 from moeviz.store.reader import open_run
 from moeviz.store.run import resume_run
@@ -87,6 +89,33 @@ def test_following_an_ended_run_is_json_lines(path: Path, capsys: pytest.Capture
     assert "DEAD" not in text
 
 
+def test_following_a_silent_run_ends_with_a_line_that_says_so(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run was killed long ago: it never said that it ended, and its newest step is old."""
+    write(path, *Step(5).records(), *Step(6).records(), alert("SKEW/1/5", 5))
+    assert main(["alerts", str(path), "--follow", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert [json.loads(line)["episode"] for line in captured.out.splitlines()] == ["SKEW/1/5"]
+    assert "at step 6, and presumed dead; 1 alerts open" in captured.err
+
+
+def test_following_goes_on_while_a_run_is_only_late(path: Path) -> None:
+    write(path, *Step(5).records(), *Step(6).records())
+    clock = iter([Step(6).ts + late for late in (10, 60, 118, 122)])
+    naps: list[float] = []
+    with open_run(path) as store:
+        assert list(follow(store, 0, 2.5, sleep=naps.append, now=lambda: next(clock))) == []
+    assert naps == [2.5, 2.5, 2.5]
+    assert next(clock, None) is None
+
+
+def test_following_an_ended_run_says_how_it_ended(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(path, *Step(5).records(), alert("SKEW/1/5", 5), event(6, "ended", status="finished"))
+    assert main(["alerts", str(path), "--follow"]) == 0
+    assert "ended at step 5 (finished); 1 alerts open" in capsys.readouterr().err
+
+
 def test_listing_since_a_step_keeps_what_changed_later(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +166,52 @@ def test_check_fails_a_run_that_ended_by_an_error(path: Path, capsys: pytest.Cap
 
 def test_check_does_not_judge_a_run_without_a_step(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing to judge" in run(capsys, "check", str(path), status=1)
+
+
+def test_check_as_json_tells_what_fails_and_what_is_milder(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dead = [alert(f"EXPERT_DEAD/{layer}/5", 5, layer=layer, severity="error") for layer in range(L)]
+    write(path, *Step(5).records(), *dead, alert("SKEW/1/5", 5, severity="info"))
+    said = json.loads(run(capsys, "check", str(path), "--json", status=1))
+    assert (said["passed"], said["ended_by_error"], said["step"]) == (False, False, 5)
+    assert [(one["rule"], one["fails"], one["since"]) for one in said["alerts"]] == [
+        ("EXPERT_DEAD", True, 5),
+        ("SKEW", False, 5),
+    ]
+    assert said["alerts"][0]["layers"] == list(range(L))
+    said = json.loads(run(capsys, "check", str(path), "--json", "--fail-on", "critical"))
+    assert said["passed"]
+    assert not any(one["fails"] for one in said["alerts"])
+
+
+def test_check_says_that_a_run_is_presumed_dead(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(path, *Step(5).records())
+    assert "presumed dead" in run(capsys, "check", str(path))
+    assert json.loads(run(capsys, "check", str(path), "--json"))["state"] == "dead"
+
+
+def test_a_snapshot_tells_spikes_and_clipping_from_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    loss, norm = rng.normal(3, 0.1, 1100), rng.normal(1, 0.1, 1100)
+    loss[[1020, 1050, 1090]] = 9
+    dense = ModelInfo(family="test", layers=())
+    path = new_run(tmp_path / "spiky", model=dense, config={"optim": {"grad_clip": 1.0}})
+    writer = SegmentWriter(path, flush_seconds=1e9)
+    for step in range(1100):
+        values = {"loss": float(loss[step]), "grad_norm": float(norm[step])}
+        writer.write(ScalarRecord(step=step, rank=0, ts=float(step), values=values))
+    writer.close()
+    known = json.loads(run(capsys, "snapshot", str(path), "--around", "1099", "--json"))["stability"]
+    assert known["spike_score/loss"] == pytest.approx(3 / 100)
+    assert known["spike_score/grad_norm"] == 0
+    assert known["clip_frac"] == pytest.approx((norm > 1).mean())
+    early = json.loads(run(capsys, "snapshot", str(path), "--around", "1040", "--json"))["stability"]
+    assert early["spike_score/loss"] == pytest.approx(1 / 41)
+    assert early["clip_frac"] == pytest.approx((norm[:1041] > 1).mean())
+    assert "Stability" in run(capsys, "snapshot", str(path))
 
 
 def test_a_snapshot_says_what_the_records_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from moeviz.inspection.probe_batch import (
     windows_of,
 )
 from moeviz.inspection.removal import without_expert
+from moeviz.metrics import METRICS
 from moeviz.records import AnalysisValue
 from moeviz.store.queries import analysis, sequences
 from moeviz.store.reader import open_run
@@ -313,3 +314,14 @@ def test_heads_are_those_of_eager_attention(mixtral_folder: Path) -> None:
             assert value_of(values, "attn_distance", block, head) == pytest.approx(distance, abs=1e-4)
             assert value_of(values, "prev_token", block, head) == pytest.approx(previous, abs=1e-5)
     assert value_of(values, "sink_rate", -1) == pytest.approx(np.mean(np.array(sinks) > 0.3))
+
+
+def test_every_name_that_is_stored_is_explained(
+    found: tuple[Path, tuple[AnalysisValue, ...], list[str]],
+) -> None:
+    explained = {name for metric in METRICS for name in metric.analysis}
+    assert {each.name for each in found[1]} <= explained
+    elsewhere = {"overflow_max", "grad_norm_expert", "grad_per_token", "last_fluctuation"}
+    elsewhere |= {"mi_domain_given_token", "vocab_spec"}  # the probe is too small for them
+    elsewhere |= {"rc", "rc_ratio"}  # all its first choices are one expert
+    assert explained - {each.name for each in found[1]} <= elsewhere

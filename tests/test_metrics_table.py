@@ -5,38 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from moeviz.cli import main
 from moeviz.metrics import GROUPS, METRICS, Metric, by_id, live_ids
 
-FUNCTIONS = {
-    "load_entropy": "load.load_entropy",
-    "load_count": None,
-    "maxvio_batch": "load.maxvio",
-    "maxvio_global": "load.maxvio",
-    "n_starved": "load.experts_below",
-    "n_dead": "load.experts_below",
-    "design_effect": None,
-    "margin": "decision.margin_sel",
-    "router_cos": "similarity.off_diagonal",
-    "expert_w_cos": "similarity.cosines",
-    "rc": "similarity.representation_collapse",
-    "induction": "attention.induction_pattern",
-    "duplicate": "attention.duplicate_pattern",
-    "latent_pr": "latent.participation_ratio",
-    "latent_erank_k": "latent.erank_through",
-    "latent_erank_v": "latent.erank_through",
-    "latent_q_erank": "latent.latent_erank",
-    "latent_dim90": "latent.dims_for_variance",
-    "eff_map_rank": "latent.effective_map_rank",
-    "mi_token": "information.information",
-    "mi_pos": "information.information",
-    "mi_layer": "information.mutual_information",
-    "path_entropy": "paths.paths",
-}
-"""Where a metric's function does not carry its name; None for those that only a running detector knows."""
 MODULES = (
     "load",
     "noise",
@@ -54,27 +29,59 @@ MODULES = (
     "latent",
     "gradients",
 )
+WITHOUT_FUNCTION = {"load_count", "design_effect", "expert_w_norm", "grad_norm_expert"}
+"""A count, a norm of torch's, and what only a running detector knows."""
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 
 
-def definition(metric: Metric) -> object:
-    name = FUNCTIONS.get(metric.id, metric.id)
-    if name is None:
-        return None
-    if "." in name:
-        module, function = name.split(".")
-        return getattr(import_module(f"moeviz.metrics.{module}"), function)
-    homes = [import_module(f"moeviz.metrics.{module}") for module in MODULES]
-    return next(getattr(home, name) for home in homes if hasattr(home, name))
+def definitions() -> dict[str, list[object]]:
+    """Metric -> the functions that are marked as its definition."""
+    found: dict[str, list[object]] = {}
+    for module in MODULES:
+        for function in vars(import_module(f"moeviz.metrics.{module}")).values():
+            if getattr(function, "__module__", "") == f"moeviz.metrics.{module}":
+                for metric_id in getattr(function, "metric_ids", ()):
+                    found.setdefault(metric_id, []).append(function)
+    return found
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.id)
-def test_every_metric_is_explained_and_has_its_function(metric: Metric) -> None:
+def test_every_metric_is_explained_and_found_somewhere(metric: Metric) -> None:
     for field in fields(Metric):
-        if field.name != "live":
+        if field.name not in ("live", "analysis", "recorded"):
             assert getattr(metric, field.name).strip(), field.name
     assert metric.how_to_read.endswith((".", "”"))
-    function = definition(metric)
-    assert function is None or function.__doc__
+    assert metric.places
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.id)
+def test_a_metric_has_one_definition_whose_docstring_is_its_row(metric: Metric) -> None:
+    functions = definitions().get(metric.id, [])
+    assert len(functions) == (metric.id not in WITHOUT_FUNCTION)
+    for function in functions:
+        assert metric.text in (function.__doc__ or "")
+
+
+def test_a_stored_name_belongs_to_one_metric() -> None:
+    names = [name for metric in METRICS for name in metric.analysis]
+    assert len(names) == len(set(names))
+
+
+def test_the_documentation_page_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["metrics", "--markdown"]) == 0
+    page = capsys.readouterr().out
+    assert PAGE.read_text() == page, "run: moeviz metrics --markdown > docs/metrics.md"
+    for metric in METRICS:
+        for fact in (metric.how_to_read, *metric.facts.values()):
+            assert fact in page
+    assert main(["metrics", "gini", "--markdown"]) == 1
+
+
+def test_text_and_help_hold_every_fact() -> None:
+    for metric in METRICS:
+        assert all(fact in metric.text for fact in (metric.how_to_read, *metric.facts.values()))
+        assert metric.id.replace("_", "") in metric.help.replace("\\", "").replace("_", "")
+        assert metric.help.count("\n- ") == len(metric.facts)
 
 
 def test_ids_are_unique_and_groups_partition_the_table() -> None:
@@ -94,6 +101,8 @@ def test_the_command_lists_explains_and_speaks_json(capsys: pytest.CaptureFixtur
     assert "exp(H(s))" in capsys.readouterr().out
     assert main(["metrics", "--json", "--live"]) == 0
     assert [row["id"] for row in json.loads(capsys.readouterr().out)] == list(live_ids())
+    assert main(["metrics", "knockout_zero"]) == 0
+    assert "knockout  Knock-out" in capsys.readouterr().out
     assert main(["metrics", "gini", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["id"] == "gini"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,8 @@ class AlertsArguments:
     since: int | None = None
     """Only what happened at this step or later."""
     follow: bool = False
-    """Print every transition (raised, worse, graver, cleared) once, as it happens, until the run has ended."""
+    """Print every transition (raised, worse, graver, cleared) once, as it happens, until the run has ended, or has
+    been silent for so long that it is presumed dead (then the exit status is 1)."""
     poll_seconds: float = 1.0
     """Pause between two looks at the run (with --follow)."""
     json: bool = False
@@ -53,9 +55,27 @@ def main(argv: list[str]) -> int:
             for alert in follow(store, arguments.since or 0, arguments.poll_seconds, arguments.open):
                 line = json.dumps(asdict(alert), default=str) if arguments.json else _followed(alert)
                 print(line, flush=True)
-        else:
-            _list(store, arguments)
+            return _farewell(store)
+        _list(store, arguments)
     return 0
+
+
+def _farewell(store: Store) -> int:
+    """Say on standard error why following is over. Returns the exit status: 0 when the run said that it ended."""
+    from moeviz.store.queries import alerts, end_status, last_step
+
+    status, step = end_status(store), last_step(store)
+    at = "before its first step" if step is None else f"at step {step}"
+    still = f"{len(alerts(store, open_only=True))} alerts open"
+    if status is not None:
+        print(f"{store.info.name}: ended {at}{f' ({status})' if status else ''}; {still}", file=sys.stderr)
+        return 0
+    print(
+        f"{store.info.name}: silent since it stood {at}, and presumed dead; {still}. It never said that it ended: "
+        "follow it again when it was resumed",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _list(store: Store, arguments: AlertsArguments) -> None:
@@ -88,20 +108,24 @@ def follow(
     poll_seconds: float,
     open_only: bool = False,
     sleep: Callable[[float], None] = time.sleep,
+    now: Callable[[], float] = time.time,
 ) -> Iterator[AlertRecord]:
-    """Every transition from step `since` on, once each, those that are stored already first; ends with the run.
+    """Every transition from step `since` on, once each, those that are stored already first.
+
+    Ends when the run says that it ended, or is presumed dead.
 
     Args:
         open_only: leave out the transitions of alerts that are cleared by the time they are seen.
         sleep: waits between two looks.
+        now: seconds since the epoch.
     """
-    from moeviz.store.queries import alert_transitions, has_ended
+    from moeviz.store.queries import alert_transitions, state_of
 
     seen: set[tuple[str, int, Severity, int | None, str]] = set()
     revision: int | None = None
     while True:
-        # In this order: what is stored before the end of the run is read after the end was seen.
-        ended, current = has_ended(store), store.revisions()["alerts"]
+        # In this order: what was stored before the run was over is read after that was seen.
+        over, current = state_of(store, now()) in ("ended", "dead"), store.revisions()["alerts"]
         if current != revision:
             revision = current
             transitions = alert_transitions(store, since)
@@ -111,7 +135,7 @@ def follow(
                 if key not in seen and not (open_only and alert.episode in cleared):
                     yield alert
                 seen.add(key)
-        if ended:
+        if over:
             return
         sleep(poll_seconds)
 

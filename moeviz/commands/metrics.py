@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 
@@ -16,11 +17,13 @@ class MetricsArguments:
     """Explain the metrics: all of them in one table, or one in full."""
 
     name: Positional[str | None] = None
-    """A metric's id, for example `maxvio_global`."""
+    """A metric's id, for example `maxvio_global`, or a name of the table analysis."""
     live: bool = False
     """Only those that a run records at every step."""
     json: bool = False
     """Print JSON instead of text."""
+    markdown: bool = False
+    """Print the documentation page (docs/metrics.md)."""
 
 
 def main(argv: list[str]) -> int:
@@ -29,6 +32,9 @@ def main(argv: list[str]) -> int:
     arguments = tyro.cli(
         MetricsArguments, args=argv, prog="moeviz metrics", config=(tyro.conf.FlagCreatePairsOff,)
     )
+    if arguments.markdown:
+        _print_page(arguments)
+        return 0
     if arguments.name is None:
         chosen = [metric for metric in METRICS if metric.live or not arguments.live]
     else:
@@ -42,9 +48,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _print_page(arguments: MetricsArguments) -> None:
+    if arguments.name is not None or arguments.live or arguments.json:
+        raise MoevizError("--markdown prints the page of all metrics; give it alone")
+    from moeviz.metrics.glossary.page import markdown_page
+
+    sys.stdout.write(markdown_page())
+
+
 def _find(name: str) -> Metric:
+    """The metric with this id, or the one that is stored under this name."""
+    stored = {own: metric for metric in METRICS for own in metric.analysis}
     try:
-        return by_id(name)
+        return stored[name] if name in stored else by_id(name)
     except KeyError:
         near = get_close_matches(name, [metric.id for metric in METRICS], n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "`moeviz metrics` lists them"
@@ -54,7 +70,7 @@ def _find(name: str) -> Metric:
 def _print_json(metrics: list[Metric], *, one: bool) -> None:
     import json
 
-    rows = [asdict(metric) for metric in metrics]
+    rows = [{**asdict(metric), "where": metric.places} for metric in metrics]
     print(json.dumps(rows[0] if one else rows, indent=2, ensure_ascii=False))
 
 
@@ -64,16 +80,7 @@ def _print_one(metric: Metric) -> None:
 
     console = Console(highlight=False)
     console.print(Text(f"{metric.id}  {metric.name}", style="bold"))
-    rows = {
-        "formula": metric.formula,
-        "unit": metric.unit,
-        "range": metric.range,
-        "at balance": metric.at_balance,
-        "shape": metric.shape,
-        "source": metric.source,
-        "recorded": "every step" if metric.live else "on request, from sampled tokens or a checkpoint",
-    }
-    for label, value in rows.items():
+    for label, value in metric.facts.items():
         console.print(Text.assemble((f"  {label:<11}", "dim"), value))
     console.print(Text(f"\n{metric.how_to_read}"))
 

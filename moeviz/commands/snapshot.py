@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,12 +92,32 @@ def gather(store: Store, around: int | None, window: int) -> dict[str, Any]:
         "first": first,
         "last": min(last, newest),
         "scalars": _rows(scalars),
+        "stability": _stability(store, step),
         "worst_layers": _worst_layers(metrics),
         "metrics": _rows(metrics),
         "alerts": [asdict(alert) for alert in queries.alerts_around(store, first, last)],
         "transitions": [asdict(alert) for alert in queries.alert_transitions(store, first, last)],
         "events": [{**row, "detail": json.loads(row["detail"])} for row in _rows(events)],
     }
+
+
+def _stability(store: Store, step: int) -> dict[str, float | None]:
+    """How spiky loss and gradient norm have been from the start to this step, and how often gradients were clipped.
+
+    None where there are not yet enough steps, or where the run's configuration names no clipping norm.
+    """
+    from moeviz.metrics import gradients
+    from moeviz.store.queries import scalar_values
+
+    norms = scalar_values(store, "grad_norm", step)
+    optim = store.info.config.get("optim")
+    clip = optim.get("grad_clip") if isinstance(optim, Mapping) else None
+    found = {
+        "spike_score/loss": gradients.spike_score(scalar_values(store, "loss", step)),
+        "spike_score/grad_norm": gradients.spike_score(norms),
+        "clip_frac": gradients.clip_frac(norms, float(clip)) if clip and len(norms) else math.nan,
+    }
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -124,7 +147,17 @@ def _print(facts: dict[str, Any]) -> None:
         f"[bold]{facts['name']}[/]  step {facts['step']:,}, looking at steps {facts['first']:,} to {facts['last']:,}\n"
     )
     if facts["scalars"]:
-        console.print(_scalar_table(facts["scalars"]), "")
+        whole = [row for row in facts["scalars"] if "/" not in row["name"]]
+        console.print(_scalar_table(whole or facts["scalars"]))
+        parts = Counter(row["name"].partition("/")[0] for row in facts["scalars"] if "/" in row["name"])
+        if whole and parts:
+            said = ", ".join(f"{name}/… ({count})" for name, count in parts.items())
+            console.print(f"[dim]with --json also: {said}[/]")
+        console.print()
+    known = {name: value for name, value in facts["stability"].items() if value is not None}
+    if known:
+        said = ", ".join(f"{name} {value:.2%}" for name, value in known.items())
+        console.print(f"[bold]Stability[/], all steps up to here: {said}\n")
     if facts["worst_layers"]:
         console.print(_layer_table(facts), "")
     for title, alerts in (("open at some time in the window", "alerts"), ("what changed", "transitions")):
@@ -140,7 +173,9 @@ def _print(facts: dict[str, Any]) -> None:
 def _scalar_table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table("scalar", "step", "value", "mean before", "mean after", "lowest", "highest", box=None)
+    table = Table(box=None)
+    for title in ("scalar", "step", "value", "mean before", "mean after", "lowest", "highest"):
+        table.add_column(title, no_wrap=True)
     for row in rows:
         numbers = [_number(row[name]) for name in ("value", "before", "after", "lowest", "highest")]
         table.add_row(row["name"], str(row["at_step"]), *numbers)

@@ -41,7 +41,7 @@ def decisions(layer: int, reading: LayerReading, router_ED: np.ndarray | None) -
         slots = int((counts_E - reading.dropped_E).max())
         found.append(layer_value(layer, "overflow_max", capacity.overflow(counts_E, slots).max()))
     if router_ED is not None:
-        found.append(layer_value(layer, "router_norm", np.linalg.norm(router_ED)))
+        found.append(layer_value(layer, "router_norm", decision.router_norm(router_ED)))
     return found
 
 

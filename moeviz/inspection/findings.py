@@ -227,7 +227,11 @@ def partners(layer: int, reading: LayerReading) -> list[AnalysisValue]:
     share_EE = coactivation.coactivation(counts_EE)
     null = coactivation.coactivation_null(top_k, num_experts)
     lift_EE = coactivation.coactivation_lift(counts_EE, num_tokens)
-    found = [layer_value(layer, "coact_lift_max", np.nanmax(lift_EE))]
+    beyond_EE = coactivation.coactivation_norm(share_EE, top_k)
+    found = [
+        layer_value(layer, "coact_lift_max", np.nanmax(lift_EE)),
+        layer_value(layer, "coact_norm_max", np.nanmax(beyond_EE)),
+    ]
     for expert in np.flatnonzero(np.diag(counts_EE)):
         best = int(np.nanargmax(share_EE[expert]))
         sd = np.sqrt(null * (1 - null) / counts_EE[expert, expert])

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
 from moeviz.metrics.load import Experts
 from moeviz.metrics.noise import Number, even_load_sd
 
@@ -19,17 +20,20 @@ def capacity(tokens: int, top_k: int, num_experts: int, capacity_factor: float) 
     return math.ceil(capacity_factor * tokens * top_k / num_experts)
 
 
+@defines("overflow")
 def overflow(counts_LE: np.ndarray, slots: int) -> np.ndarray:
     """Assignments past each expert's slots, in units of the slots, max(0, c_i - C)/C. `[..., E]`."""
     return np.maximum(np.asarray(counts_LE) - slots, 0) / slots
 
 
+@defines("drop_rate")
 def drop_rate(dropped_LE: np.ndarray, counts_LE: np.ndarray) -> np.ndarray:
     """Share of the assignments that were dropped, sum(dropped) / (N k): 0 to 1."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(dropped_LE).sum(axis=-1) / np.asarray(counts_LE).sum(axis=-1)
 
 
+@defines("token_drop")
 def token_drop(kept_TK: np.ndarray) -> float:
     """Share of the tokens that lost all their experts; they pass through the residual stream alone."""
     return float((~np.asarray(kept_TK, dtype=bool)).all(axis=-1).mean())
@@ -52,6 +56,7 @@ def implied_capacity_factor(
     return np.where(np.isfinite(factor_L), factor_L, np.nan)
 
 
+@defines("expected_drop")
 def expected_drop(
     capacity_factor: Number,
     tokens: Number,

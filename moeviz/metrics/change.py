@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
 from moeviz.metrics.load import entropy_nats
 
 
@@ -19,6 +20,7 @@ def overlap(ids_TK: np.ndarray, other_ids_TK: np.ndarray) -> np.ndarray:
     return shared_TK.mean(axis=-1)
 
 
+@defines("saturation")
 def saturation(early_ids_TK: np.ndarray, final_ids_TK: np.ndarray) -> np.ndarray:
     """Router saturation: mean over tokens of `overlap` with the final checkpoint. OLMoE eq. 5.
 
@@ -29,12 +31,14 @@ def saturation(early_ids_TK: np.ndarray, final_ids_TK: np.ndarray) -> np.ndarray
     return overlap(early_ids_TK, final_ids_TK).mean(axis=-1)
 
 
+@defines("saturation_adj")
 def saturation_adj(saturation_L: float | np.ndarray, top_k: int, num_experts: int) -> np.ndarray:
     """Saturation beyond chance, (sat - k/E) / (1 - k/E): comparable across E and k."""
     chance = top_k / num_experts
     return np.asarray((saturation_L - chance) / (1 - chance))
 
 
+@defines("churn")
 def churn(before_ids_TK: np.ndarray, after_ids_TK: np.ndarray) -> np.ndarray:
     """Share of a token's experts replaced from one probe to the next; random routing gives 1 - k/E.
 
@@ -43,11 +47,13 @@ def churn(before_ids_TK: np.ndarray, after_ids_TK: np.ndarray) -> np.ndarray:
     return 1 - saturation(before_ids_TK, after_ids_TK)
 
 
+@defines("flip1")
 def flip1(before_ids_TK: np.ndarray, after_ids_TK: np.ndarray) -> np.ndarray:
     """Share of tokens whose first choice changed."""
     return (before_ids_TK[..., 0] != after_ids_TK[..., 0]).mean(axis=-1)
 
 
+@defines("last_fluctuation")
 def last_fluctuation(first_ids_CT: np.ndarray, steps_C: np.ndarray) -> np.ndarray:
     """Step of the last checkpoint at which each token's first choice was not its final one, int [T].
 
@@ -71,6 +77,7 @@ def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return entropy_nats((p + q) / 2) - (entropy_nats(p) + entropy_nats(q)) / 2
 
 
+@defines("probe_drift")
 def probe_drift(before_TE: np.ndarray, after_TE: np.ndarray) -> np.ndarray:
     """Mean Jensen-Shannon divergence of the scores of two probes, nats: moves before ids flip."""
     return np.maximum(jensen_shannon(before_TE, after_TE), 0).mean(axis=-1)

@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
+
 Compat = Literal["paper", "olmoe_script"]
 
 
@@ -38,6 +40,7 @@ def coactivation_counts(ids_TK: np.ndarray, num_experts: int, compat: Compat = "
     return counts_EE
 
 
+@defines("coactivation")
 def coactivation(counts_EE: np.ndarray) -> np.ndarray:
     """P(j active | i active) = N_ij / N_i, OLMoE eq. 6. [E, E], asymmetric, diagonal NaN; rows sum to k - 1.
 
@@ -59,6 +62,7 @@ def coactivation_null(top_k: int, num_experts: int, compat: Compat = "paper") ->
     return share if compat == "paper" else 2 * share / top_k
 
 
+@defines("coactivation_lift")
 def coactivation_lift(counts_EE: np.ndarray, tokens: int) -> np.ndarray:
     """N_ij N / (N_i N_j): how much more often a pair meets than if the two were independent.
 
@@ -74,6 +78,7 @@ def coactivation_lift(counts_EE: np.ndarray, tokens: int) -> np.ndarray:
     return lift_EE
 
 
+@defines("coactivation_norm")
 def coactivation_norm(coactivation_EE: np.ndarray, top_k: int) -> np.ndarray:
     """Co-activation beyond chance, (coact - null) / (1 - null).
 

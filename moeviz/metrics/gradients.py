@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
 
+
+@defines("clip_frac")
 def clip_frac(norms: np.ndarray, grad_clip: float) -> float:
     """Share of steps whose gradient norm was clipped."""
     return float((np.asarray(norms) > grad_clip).mean())
 
 
+@defines("grad_per_token")
 def grad_per_token(grad_norms_E: np.ndarray, counts_E: np.ndarray) -> np.ndarray:
     """Gradient norm of each expert per assignment, ||g_i|| / max(1, c_i)."""
     return np.asarray(grad_norms_E) / np.maximum(counts_E, 1)
 
 
+@defines("update_ratio")
 def update_ratio(update_norms_E: np.ndarray, weight_norms_E: np.ndarray) -> np.ndarray:
     """Relative size of an update, ||dW_i|| / ||W_i||; NaN for weights that are zero."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(update_norms_E) / np.asarray(weight_norms_E, dtype=np.float64)
 
 
+@defines("spike_score")
 def spike_score(values: np.ndarray, window: int = 1000, deviations: float = 7.0) -> float:
     """Share of points at least `deviations` sd above the mean of the `window` values before them. 0 to 1.
 

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
+
 Removal = Literal["reroute", "zero"]
 
 
@@ -27,6 +29,7 @@ class Knockout(NamedTuple):
         return abs(self.delta) > 2 * self.standard_error
 
 
+@defines("knockout")
 def knockout(
     base_loss_N: np.ndarray, without_loss_N: np.ndarray, mode: Removal, design_effect: float = 1.0
 ) -> Knockout:
@@ -57,6 +60,7 @@ def design_effect_of(values_N: np.ndarray, sequences_N: np.ndarray) -> float:
     return max(float((sums_G**2).sum() / plain * len(sums_G) / (len(sums_G) - 1)), 1.0)
 
 
+@defines("reap")
 def reap(
     weights_TK: np.ndarray, ids_TK: np.ndarray, output_norms_TK: np.ndarray, num_experts: int
 ) -> np.ndarray:

@@ -12,9 +12,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from moeviz.errors import MoevizError
+from moeviz.metrics.glossary.docstrings import defines
 from moeviz.metrics.load import entropy_nats
 
 
+@defines("mi_layer")
 def mutual_information(table: np.ndarray) -> float:
     """Plug-in mutual information of a table of counts (or of a joint distribution), nats."""
     joint = np.asarray(table, dtype=np.float64)
@@ -30,6 +32,7 @@ def uncertainty_coefficient(table: np.ndarray) -> float:
     return mutual_information(table) / entropy if entropy > 0 else 0.0
 
 
+@defines("cond_entropy_layer")
 def conditional_entropy(table: np.ndarray) -> float:
     """H(column | row), nats: 0 when the row decides the column."""
     joint = np.asarray(table, dtype=np.float64) / np.sum(table)
@@ -73,6 +76,7 @@ class Information(NamedTuple):
 Null = Literal["tokens", "sequences", "rotations"]
 
 
+@defines("mi_domain", "mi_token", "mi_pos")
 def information(
     labels_N: np.ndarray,
     experts_N: np.ndarray,

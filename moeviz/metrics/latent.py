@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
 from moeviz.metrics.load import entropy_nats
 
 
@@ -28,6 +29,7 @@ def _roots(square_CC: np.ndarray) -> np.ndarray:
     return np.sqrt(np.where(eigenvalues_C > rounding, eigenvalues_C, 0.0))
 
 
+@defines("latent_pr")
 def participation_ratio(latents_NC: np.ndarray) -> float:
     """(sum lambda)^2 / sum lambda^2 of the covariance's eigenvalues: 1 to C dimensions, NaN when all are alike."""
     eigenvalues_C = spectrum(latents_NC) ** 2
@@ -45,11 +47,13 @@ def _erank(singular: np.ndarray) -> float:
     return float(np.exp(entropy_nats(singular / total))) if total > 0 else float("nan")
 
 
+@defines("latent_erank", "latent_q_erank")
 def latent_erank(latents_NC: np.ndarray) -> float:
     """Effective rank of centred latents: dimensions in use, 1 to C; NaN when all are alike."""
     return _erank(spectrum(latents_NC))
 
 
+@defines("latent_erank_k", "latent_erank_v")
 def erank_through(latents_NC: np.ndarray, square_CC: np.ndarray) -> float:
     """Effective rank of C W^T, the centred latents after an up-projection: dimensions that are read, 1 to C.
 
@@ -63,17 +67,20 @@ def erank_through(latents_NC: np.ndarray, square_CC: np.ndarray) -> float:
     return _erank(_roots(through_NC.T @ through_NC))
 
 
+@defines("latent_util")
 def latent_util(latents_NC: np.ndarray) -> float:
     """Effective rank over width: 0 to 1."""
     return latent_erank(latents_NC) / latents_NC.shape[1]
 
 
+@defines("latent_dim90")
 def dims_for_variance(latents_NC: np.ndarray, share: float = 0.9) -> int:
     """Fewest principal dimensions that hold `share` of the variance."""
     variance_C = spectrum(latents_NC) ** 2
     return int(np.searchsorted(np.cumsum(variance_C) / variance_C.sum(), share - 1e-12) + 1)
 
 
+@defines("latent_dead")
 def latent_dead(latents_NC: np.ndarray) -> int:
     """Dimensions whose standard deviation is below 1 % of the median one."""
     deviation_C = latents_NC.std(axis=0)
@@ -88,22 +95,26 @@ def slot_mass(write_SM: np.ndarray) -> np.ndarray:
     return write_SM.mean(axis=-2)
 
 
+@defines("slot_share")
 def slot_share(write_SM: np.ndarray) -> np.ndarray:
     """Part of a token's attention that goes to slots, mean over tokens: 0 to 1. Leading shape."""
     return write_SM.sum(axis=-1).mean(axis=-1)
 
 
+@defines("slot_n_eff")
 def slot_n_eff(write_SM: np.ndarray) -> np.ndarray:
     """Effective number of slots, exp H(slot mass): 1 to M."""
     return np.exp(entropy_nats(slot_mass(write_SM)))
 
 
+@defines("slot_dead")
 def slot_dead(write_SM: np.ndarray) -> np.ndarray:
     """Slots with less than 2 % of an even share of the mass."""
     mass_M = slot_mass(write_SM)
     return (mass_M < 0.02 / mass_M.shape[-1]).sum(axis=-1)
 
 
+@defines("read_entropy")
 def read_entropy(read_MS: np.ndarray) -> np.ndarray:
     """Mean entropy of a slot's view of the tokens / ln S: 0 reads one token, 1 reads all alike.
 
@@ -117,11 +128,13 @@ def slot_read_entropy(read_SM: np.ndarray) -> np.ndarray:
     return entropy_nats(np.swapaxes(read_SM, -1, -2)) / np.log(read_SM.shape[-2])
 
 
+@defines("write_entropy")
 def write_entropy(write_SM: np.ndarray) -> np.ndarray:
     """Mean entropy of a token's choice of slots / ln M: 0 to 1. Leading shape."""
     return entropy_nats(write_SM).mean(axis=-1) / np.log(write_SM.shape[-1])
 
 
+@defines("slot_overlap")
 def slot_overlap(read_MS: np.ndarray) -> float:
     """Mean cosine of what two slots read: 1 when slots are copies of each other."""
     unit_MS = read_MS / np.linalg.norm(read_MS, axis=-1, keepdims=True)
@@ -130,6 +143,7 @@ def slot_overlap(read_MS: np.ndarray) -> float:
     return float(((squared - slots) / (slots * (slots - 1))).mean())
 
 
+@defines("eff_map_rank")
 def effective_map_rank(write_SM: np.ndarray, read_MS: np.ndarray) -> float:
     """Effective rank of the token-to-token map write @ read: at most M."""
     return effective_rank(write_SM @ read_MS)
@@ -138,3 +152,10 @@ def effective_map_rank(write_SM: np.ndarray, read_MS: np.ndarray) -> float:
 def future_leak(write_SM: np.ndarray, read_MS: np.ndarray) -> float:
     """Largest entry of write @ read above the diagonal: 0 in a causal model."""
     return float(np.abs(np.triu(write_SM @ read_MS, k=1)).max())
+
+
+TELLING = {
+    "mla": ("latent_erank", "latent_erank_k", "latent_erank_v", "latent_dim90", "latent_dead"),
+    "two-stage": ("slot_n_eff", "slot_dead", "slot_share", "read_entropy", "slot_overlap", "eff_map_rank"),
+}
+"""Quantities that views show of a block, by kind of latent attention, the most telling first."""

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
+
 Experts = int | np.ndarray
 """Number of experts: one for all rows, or one for each row."""
 
@@ -37,6 +39,7 @@ def filled(table_LE: np.ndarray, num_experts: Experts | None, value: float) -> n
     return np.where(expert_mask(num_experts, width), table_LE, value)
 
 
+@defines("load_share")
 def load_share(counts_LE: np.ndarray) -> np.ndarray:
     """Load share s_i = c_i / sum_j c_j. `[..., E]`, sums to 1, even 1/E.
 
@@ -48,6 +51,7 @@ def load_share(counts_LE: np.ndarray) -> np.ndarray:
         return counts_LE / total_L1
 
 
+@defines("load_rel")
 def load_rel(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Relative load r_i = E s_i. `[..., E]`, 0 to E/k, even 1.
 
@@ -56,6 +60,7 @@ def load_rel(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.nda
     return share_LE * _width(share_LE, num_experts)[..., None]
 
 
+@defines("coverage")
 def coverage(share_LE: np.ndarray, top_k: Experts) -> np.ndarray:
     """Coverage pi_i = k s_i = c_i / N: the fraction of tokens that use expert i.
 
@@ -82,11 +87,13 @@ def cv2(hill_sum_L: np.ndarray, num_experts: Experts) -> np.ndarray:
     return np.maximum(num_experts * hill_sum_L - 1, 0)
 
 
+@defines("load_cv")
 def load_cv(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Coefficient of variation std(r) with ddof 0: 0 even, sqrt(E/k - 1) collapsed."""
     return np.sqrt(load_cv2(share_LE, num_experts))
 
 
+@defines("importance_cv2")
 def importance_cv2(weight_sum_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """CV^2 of the summed gate weights of each expert: 0 even, E/k - 1 collapsed.
 
@@ -96,11 +103,13 @@ def importance_cv2(weight_sum_LE: np.ndarray, num_experts: Experts | None = None
     return load_cv2(load_share(weight_sum_LE), num_experts)
 
 
+@defines("load_imbalance")
 def load_imbalance(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Largest relative load max_i r_i: 1 even, E/k collapsed. OLMo-core logs it as "load imbalance"."""
     return _width(share_LE, num_experts) * share_LE.max(axis=-1)
 
 
+@defines("maxvio_batch", "maxvio_global")
 def maxvio(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Maximal violation max_i r_i - 1: 0 even, E/k - 1 collapsed.
 
@@ -111,6 +120,7 @@ def maxvio(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarr
     return load_imbalance(share_LE, num_experts) - 1
 
 
+@defines("min_load")
 def min_load(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Smallest relative load min_i r_i: 1 even, 0 when an expert is unused."""
     return _width(share_LE, num_experts) * filled(share_LE, num_experts, np.inf).min(axis=-1)
@@ -123,6 +133,7 @@ def entropy_nats(share_LE: np.ndarray) -> np.ndarray:
     return np.maximum(-np.einsum("...e,...e->...", share_LE, log_LE), 0)
 
 
+@defines("load_entropy")
 def load_entropy(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Load entropy H / ln E: 1 even, ln k / ln E collapsed. NaN for a layer of one expert."""
     return normalised_entropy(entropy_nats(share_LE), _width(share_LE, num_experts))
@@ -134,16 +145,19 @@ def normalised_entropy(nats_L: np.ndarray, num_experts: Experts) -> np.ndarray:
         return nats_L / np.log(num_experts)
 
 
+@defines("n_eff")
 def n_eff(share_LE: np.ndarray) -> np.ndarray:
     """Effective number of experts exp(H): E even, k collapsed. Hill number of order 1."""
     return np.exp(entropy_nats(share_LE))
 
 
+@defines("n_eff2")
 def n_eff2(share_LE: np.ndarray) -> np.ndarray:
     """Effective number of experts 1 / sum(s^2) = E / (1 + CV^2). Hill number of order 2."""
     return 1 / hill_sum(share_LE)
 
 
+@defines("eff_util")
 def eff_util(share_LE: np.ndarray, top_k: Experts, num_experts: Experts | None = None) -> np.ndarray:
     """Effective utilisation u = (exp(H) - k) / (E - k): 1 even, 0 collapsed, comparable across E and k.
 
@@ -159,6 +173,7 @@ def utilisation(n_eff_L: np.ndarray, top_k: Experts, num_experts: Experts) -> np
         return np.where(free_L > 0, (n_eff_L - top_k) / free_L, np.nan)
 
 
+@defines("excess_cov")
 def excess_cov(share_LE: np.ndarray, top_k: Experts, num_experts: Experts | None = None) -> np.ndarray:
     """Excess coverage v = (max_i pi_i - k/E) / (1 - k/E) = MaxVio / (E/k - 1): 0 even, 1 collapsed.
 
@@ -174,6 +189,7 @@ def excess(maxvio_L: np.ndarray, top_k: Experts, num_experts: Experts) -> np.nda
         return np.where(most_L > 0, maxvio_L / most_L, np.nan)
 
 
+@defines("gini")
 def gini(share_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Gini coefficient sum_i (2i - E - 1) s_(i) / E, s ascending, i from 1: 0 even, 1 - k/E collapsed.
 
@@ -194,6 +210,7 @@ def starved_line(num_experts: Experts, *, cap: float = 0.4, scale: float = 1.2) 
     return np.minimum(cap, scale / np.sqrt(np.asarray(num_experts, dtype=np.float64)))
 
 
+@defines("n_starved", "n_dead")
 def experts_below(
     rel_LE: np.ndarray, line: float | np.ndarray, num_experts: Experts | None = None
 ) -> np.ndarray:
@@ -204,6 +221,7 @@ def experts_below(
     return below_LE.sum(axis=-1)
 
 
+@defines("load_chi2")
 def load_chi2(counts_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Pearson's X^2 of the counts against even ones, N k CV^2; its mean is E - k for a balanced router.
 

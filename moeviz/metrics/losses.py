@@ -14,9 +14,11 @@ from typing import Literal
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
 from moeviz.metrics.load import Experts, _width, filled
 
 
+@defines("aux_switch")
 def aux_switch(
     share_LE: np.ndarray, mean_prob_LE: np.ndarray, num_experts: Experts | None = None
 ) -> np.ndarray:
@@ -29,6 +31,7 @@ def aux_switch(
     return _width(share_LE, num_experts) * np.einsum("...e,...e->...", share_LE, mean_prob_LE)
 
 
+@defines("aux_hf")
 def aux_hf(share_LE: np.ndarray, mean_prob_LE: np.ndarray, top_k: int) -> float:
     """The loss as `transformers` computes it for the Mixtral family: k at balance, up to E.
 
@@ -38,6 +41,7 @@ def aux_hf(share_LE: np.ndarray, mean_prob_LE: np.ndarray, top_k: int) -> float:
     return float(share_LE.shape[-1] * top_k * (share_LE.mean(axis=0) @ mean_prob_LE.mean(axis=0)))
 
 
+@defines("aux_gshard")
 def aux_gshard(top1_counts_GE: np.ndarray, mean_prob_GE: np.ndarray) -> np.ndarray:
     """GShard's loss (1/E) sum_e (c_e/S) m_e of each group, on first choices: 1/E^2 at balance, up to 1/E.
 
@@ -47,6 +51,7 @@ def aux_gshard(top1_counts_GE: np.ndarray, mean_prob_GE: np.ndarray) -> np.ndarr
     return (share_GE * mean_prob_GE).mean(axis=-1)
 
 
+@defines("aux_seq")
 def aux_seq(expert_ids_BSK: np.ndarray, probs_BSE: np.ndarray) -> float:
     """Sequence-wise loss, mean over sequences of sum_i f_i P_i: 1 at balance. DeepSeek-V3 eq. 17-20.
 
@@ -68,6 +73,7 @@ def logsumexp(logits_TE: np.ndarray) -> np.ndarray:
     return np.log(np.exp(logits_TE - top_T1).sum(axis=-1)) + top_T1[..., 0]
 
 
+@defines("z_loss")
 def z_loss(logits_TE: np.ndarray) -> float:
     """Router z-loss, mean over tokens of (logsumexp_j z_j)^2, unweighted: (ln E)^2 at z = 0.
 
@@ -76,6 +82,7 @@ def z_loss(logits_TE: np.ndarray) -> float:
     return float((logsumexp(logits_TE) ** 2).mean())
 
 
+@defines("lse_rms")
 def lse_rms(z_loss_L: float | np.ndarray) -> np.ndarray:
     """sqrt of the raw z-loss: the size of the router's logits in logit units, readable and comparable."""
     return np.sqrt(z_loss_L)
@@ -89,6 +96,7 @@ def bf16_rounding(magnitude: float) -> float:
     return float(2.0 ** (np.floor(np.log2(abs(magnitude))) - 8)) if magnitude else 0.0
 
 
+@defines("router_orth")
 def router_orth(router_ED: np.ndarray, norm: Literal["l1", "fro"] = "l1") -> float:
     """Distance of the router's rows from orthonormal, ||R R^T - I||: 0 when orthonormal.
 
@@ -98,12 +106,14 @@ def router_orth(router_ED: np.ndarray, norm: Literal["l1", "fro"] = "l1") -> flo
     return float(np.abs(gap_EE).sum() if norm == "l1" else np.linalg.norm(gap_EE))
 
 
+@defines("bias_range")
 def bias_range(bias_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Span max b - min b of the selection bias, in units of the scores: 0 at the start."""
     high_L = filled(bias_LE, num_experts, -np.inf).max(axis=-1)
     return high_L - filled(bias_LE, num_experts, np.inf).min(axis=-1)
 
 
+@defines("bias_rms")
 def bias_rms(bias_LE: np.ndarray, num_experts: Experts | None = None) -> np.ndarray:
     """Root mean square of the selection bias around its mean: a shift of all experts changes nothing."""
     bias_LE = np.asarray(filled(bias_LE, num_experts, 0.0), dtype=np.float64)

@@ -14,6 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
 from moeviz.metrics.load import Experts
 
 Number = float | np.ndarray
@@ -43,6 +44,7 @@ def _largest_of(num_experts: int) -> float:
     return NormalDist().inv_cdf((num_experts - 0.375) / (num_experts + 0.25))
 
 
+@defines("maxvio_floor")
 def maxvio_floor(
     tokens: Number, top_k: Experts, num_experts: Experts, design_effect: Number = 1.0
 ) -> np.ndarray:
@@ -59,6 +61,7 @@ def cv2_floor(
     return load_rel_var(1.0, tokens, top_k, num_experts, design_effect)
 
 
+@defines("cv2_excess")
 def cv2_excess(
     cv2: Number, tokens: Number, top_k: Experts, num_experts: Experts, design_effect: Number = 1.0
 ) -> np.ndarray:

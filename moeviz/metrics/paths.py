@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
 from moeviz.metrics.load import entropy_nats
 
 Pairs = Literal["first", "all", "rank"]
@@ -54,6 +55,7 @@ def _unit(weights_TK: np.ndarray | None, ids_TK: np.ndarray) -> np.ndarray:
     return weights_TK / np.maximum(weights_TK.sum(axis=1, keepdims=True), 1e-30)
 
 
+@defines("transition")
 def transition(table_EF: np.ndarray) -> np.ndarray:
     """P(j in the later layer | i in the earlier one). [E, F], rows sum to 1; NaN for an unused expert.
 
@@ -80,6 +82,7 @@ class Paths(NamedTuple):
         return float(np.exp(self.entropy_nats))
 
 
+@defines("path_entropy")
 def paths(first_ids_LT: np.ndarray) -> Paths:
     """Count the L-tuples of first choices. State the number of tokens with the result.
 

@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
 
+
+@defines("expert_w_cos")
 def cosines(rows_ED: np.ndarray) -> np.ndarray:
     """Cosine of every pair of rows (router rows, flattened weights). [E, E], -1 to 1, diagonal 1.
 
@@ -30,12 +33,14 @@ class PairSummary(NamedTuple):
     max: float
 
 
+@defines("router_cos")
 def off_diagonal(matrix_EE: np.ndarray) -> PairSummary:
     """Mean and largest similarity of two different experts. `router_cos` is this of the router's rows."""
     others = np.asarray(matrix_EE)[~np.eye(len(matrix_EE), dtype=bool)]
     return PairSummary(mean=float(others.mean()), max=float(others.max()))
 
 
+@defines("linear_cka")
 def linear_cka(outputs_TD: np.ndarray, other_TD: np.ndarray) -> float:
     """Linear centred kernel alignment of two experts' outputs on the same tokens. 0 to 1.
 
@@ -57,6 +62,7 @@ def cka_matrix(outputs_ETD: np.ndarray) -> np.ndarray:
     return cosines(kernel_EX)
 
 
+@defines("pes")
 def pes(outputs_TED: np.ndarray) -> float:
     """Pairwise expert similarity.
 
@@ -83,6 +89,7 @@ class Scatter(NamedTuple):
     """Tr S_W / Tr S_B: the same question without an inverse."""
 
 
+@defines("rc")
 def representation_collapse(hidden_TD: np.ndarray, experts_T: np.ndarray) -> Scatter:
     """Within- against between-expert covariance of the hidden states, grouped by first choice. Both >= 0.
 
@@ -108,6 +115,7 @@ def representation_collapse(hidden_TD: np.ndarray, experts_T: np.ndarray) -> Sca
     )
 
 
+@defines("coupling")
 def coupling(scores_TE: np.ndarray, activation_norms_TE: np.ndarray) -> float:
     """Spearman correlation of router score and size of the expert's activation, over all (token, expert).
 

@@ -14,10 +14,12 @@ from math import comb
 
 import numpy as np
 
+from moeviz.metrics.glossary.docstrings import defines
 from moeviz.metrics.information import mutual_information
 from moeviz.metrics.load import entropy_nats
 
 
+@defines("domain_spec")
 def domain_spec(counts_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     """Share of a domain's tokens that use expert i, N_iD / N_D. [D, E], 0 to 1.
 
@@ -29,6 +31,7 @@ def domain_spec(counts_DE: np.ndarray, tokens_D: np.ndarray) -> np.ndarray:
     return np.asarray(counts_DE) / np.asarray(tokens_D, dtype=np.float64)[:, None]
 
 
+@defines("nmi_domain")
 def nmi_domain(counts_DE: np.ndarray) -> float:
     """I(domain; expert) / ln D with every domain weighted equally. 0 to 1.
 
@@ -52,11 +55,13 @@ def vocab_counts(
     return kinds_V, occurrences_V, table_VE
 
 
+@defines("vocab_spec")
 def vocab_spec(table_VE: np.ndarray, occurrences_V: np.ndarray) -> np.ndarray:
     """Share of a token type's occurrences that use expert i, N_x,i / N_x. [V, E], 0 to 1. OLMoE eq. 8."""
     return table_VE / np.asarray(occurrences_V, dtype=np.float64)[:, None]
 
 
+@defines("vocab_spec_layer")
 def vocab_spec_layer(
     table_VE: np.ndarray, occurrences_V: np.ndarray, *, min_count: int = 10, by_token: bool = False
 ) -> float:
@@ -92,6 +97,7 @@ def vocab_spec_null(
     return float(used.max(axis=1).mean() / occurrences)
 
 
+@defines("expert_token_entropy")
 def expert_token_entropy(table_CE: np.ndarray) -> np.ndarray:
     """Entropy of the token classes that each expert receives, nats. [E], 0 to ln C; NaN for an unused expert.
 
@@ -102,6 +108,7 @@ def expert_token_entropy(table_CE: np.ndarray) -> np.ndarray:
         return entropy_nats((table_CE / total_E).T)
 
 
+@defines("mi_domain_given_token")
 def mi_domain_given_token(
     domains_N: np.ndarray,
     types_N: np.ndarray,
@@ -133,6 +140,7 @@ def mi_domain_given_token(
     return total / weight if weight else float("nan")
 
 
+@defines("repeat_first")
 def repeat_first(ids_SK: np.ndarray) -> float:
     """Share of consecutive tokens of a sequence with the same first choice; 1/E at random.
 
@@ -141,6 +149,7 @@ def repeat_first(ids_SK: np.ndarray) -> float:
     return float((ids_SK[..., 1:, 0] == ids_SK[..., :-1, 0]).mean())
 
 
+@defines("repeat_any")
 def repeat_any(ids_SK: np.ndarray) -> float:
     """Share of consecutive tokens of a sequence that share an expert; at random `repeat_any_null`.
 

@@ -6,7 +6,7 @@ The functions live beside their kin in `queries_*.py`; import them from here.
 from __future__ import annotations
 
 from moeviz.store.queries_analysis import analysis
-from moeviz.store.queries_around import alerts_around, metrics_around, scalars_around
+from moeviz.store.queries_around import alerts_around, metrics_around, scalar_values, scalars_around
 from moeviz.store.queries_latents import (
     LatentArrays,
     latent_arrays,
@@ -18,7 +18,7 @@ from moeviz.store.queries_latents import (
 from moeviz.store.queries_loads import last_step, load_history, load_matrix, load_over_time, step_range
 from moeviz.store.queries_paths import coactivation, expert_tokens, transitions
 from moeviz.store.queries_probe import ProbePasses, probe_domains, probe_passes, probe_saturation, probe_steps
-from moeviz.store.queries_runs import end_status, has_ended, list_runs, run_state, step_rhythm
+from moeviz.store.queries_runs import end_status, has_ended, list_runs, run_state, state_of, step_rhythm
 from moeviz.store.queries_series import (
     alert_records,
     alert_transitions,
@@ -76,9 +76,11 @@ __all__ = [
     "probe_steps",
     "run_state",
     "sampling_level",
+    "scalar_values",
     "scalars",
     "scalars_around",
     "sequences",
+    "state_of",
     "step_range",
     "step_rhythm",
     "token_flow",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from moeviz.alerts import latest
@@ -25,6 +26,18 @@ def scalars_around(store: Store, step: int, first: int, last: int) -> pd.DataFra
         ),
         {"step": step, "first": first, "last": last},
     )
+
+
+def scalar_values(store: Store, name: str, last: int) -> np.ndarray:
+    """A scalar at every recorded step up to `last`, mean over ranks, in step order; float64, without NaN."""
+    found = store.frame(
+        lambda: (
+            f"""SELECT avg(value) AS value FROM {store.source("scalars", 0, last)}
+        WHERE name = $name AND step <= $last AND NOT isnan(value) GROUP BY step ORDER BY step"""
+        ),
+        {"name": name, "last": last},
+    )
+    return found["value"].to_numpy(dtype=np.float64)
 
 
 def metrics_around(store: Store, step: int, first: int, last: int) -> pd.DataFrame:

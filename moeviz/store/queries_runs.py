@@ -19,6 +19,8 @@ from moeviz.store.reader import Store, open_run
 
 STALE_SECONDS = 30.0
 DEAD_SECONDS = 120.0
+UNBORN_SECONDS = 3600.0
+"""A run without a step for so long is presumed dead: loading and compiling a large model take minutes."""
 RHYTHM = 10.0
 """A run is late when it waits this many times its own median interval between steps."""
 
@@ -84,6 +86,19 @@ def end_status(store: Store) -> str | None:
         )
     )
     return str(said["status"].iloc[0]) if len(said) and said["kind"].iloc[0] == "ended" else None
+
+
+def state_of(store: Store, now: float) -> RunState:
+    """How a run fares; `dead` is presumed, and also said of a run that never began a step.
+
+    Args:
+        now: seconds since the epoch.
+    """
+    last_ts, interval = step_rhythm(store)
+    state = run_state(last_ts, interval, has_ended(store), now)
+    if state == "waiting" and now - store.info.created > UNBORN_SECONDS:
+        return "dead"
+    return state
 
 
 def list_runs(folder: str | Path) -> pd.DataFrame:

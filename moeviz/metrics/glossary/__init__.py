@@ -31,9 +31,12 @@ METRICS: tuple[Metric, ...] = tuple(metric for group in GROUPS.values() for metr
 """Every quantity; `by_id` finds one."""
 
 
+_BY_ID = {metric.id: metric for metric in METRICS}
+
+
 def by_id(metric_id: str) -> Metric:
     """The row of METRICS with this id. Raises KeyError for an unknown one."""
-    return {metric.id: metric for metric in METRICS}[metric_id]
+    return _BY_ID[metric_id]
 
 
 def live_ids() -> tuple[str, ...]:

@@ -15,6 +15,8 @@ ATTENTION = (
         shape="[L, H]",
         source="Zhai et al. 2023",
         how_to_read="Near 0 in many heads: entropy collapse.",
+        analysis=("attn_entropy",),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="sink_mass",
@@ -26,6 +28,7 @@ ATTENTION = (
         shape="[L, H]",
         source="Gu et al. 2025",
         how_to_read="Attention parked on the first token.",
+        analysis=("sink_mass",),
     ),
     Metric(
         id="sink_rate",
@@ -37,6 +40,7 @@ ATTENTION = (
         shape="scalar",
         source="Gu et al. 2025 (64 tokens)",
         how_to_read="Their 60M-parameter default: 18 %.",
+        analysis=("sink_rate",),
     ),
     Metric(
         id="prev_token",
@@ -48,6 +52,7 @@ ATTENTION = (
         shape="[L, H]",
         source="TransformerLens head detector",
         how_to_read="1: a previous-token head.",
+        analysis=("prev_token",),
     ),
     Metric(
         id="induction",
@@ -59,6 +64,7 @@ ATTENTION = (
         shape="[L, H]",
         source="TransformerLens head detector",
         how_to_read="Measure on random tokens repeated twice.",
+        analysis=("induction",),
     ),
     Metric(
         id="duplicate",
@@ -70,6 +76,7 @@ ATTENTION = (
         shape="[L, H]",
         source="TransformerLens head detector",
         how_to_read="Measure on random tokens repeated twice.",
+        analysis=("duplicate",),
     ),
     Metric(
         id="head_redundancy",
@@ -81,6 +88,7 @@ ATTENTION = (
         shape="[L]",
         source="Jensen–Shannon divergence",
         how_to_read="1: all heads of the layer do the same.",
+        analysis=("head_redundancy",),
     ),
     Metric(
         id="attn_distance",
@@ -92,6 +100,7 @@ ATTENTION = (
         shape="[L, H]",
         source="definition",
         how_to_read="How far back a head looks.",
+        analysis=("attn_distance",),
     ),
 )
 
@@ -106,6 +115,7 @@ LATENT = (
         shape="[block]",
         source="participation ratio of the covariance",
         how_to_read="Needs at least ten tokens per dimension.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="latent_erank",
@@ -116,29 +126,32 @@ LATENT = (
         at_balance="C",
         shape="[block]",
         source="Roy & Vetterli 2007",
-        how_to_read="σ: singular values of the centred latents. Compare with latent_erank_k and _v: what is read.",
+        how_to_read="Directions in use; σ are singular values of the centred latents. Keys and values may read fewer.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="latent_erank_k",
-        name="Latent dimensions read as keys",
+        name="Dimensions read as keys",
         formula="latent_erank of C W_UKᵀ",
         unit="dimensions",
         range="1 … C",
         at_balance="—",
         shape="[block]",
         source="Roy & Vetterli 2007, after the up-projection",
-        how_to_read="Far below latent_erank: keys ignore most of what is kept.",
+        how_to_read="Far below the latent's own: keys ignore most of what is kept.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="latent_erank_v",
-        name="Latent dimensions read as values",
+        name="Dimensions read as values",
         formula="latent_erank of C W_UVᵀ",
         unit="dimensions",
         range="1 … C",
         at_balance="—",
         shape="[block]",
         source="Roy & Vetterli 2007, after the up-projection",
-        how_to_read="Far below latent_erank: values ignore most of what is kept.",
+        how_to_read="Far below the latent's own: values ignore most of what is kept.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="latent_q_erank",
@@ -150,10 +163,11 @@ LATENT = (
         shape="[block]",
         source="Roy & Vetterli 2007",
         how_to_read="As latent_erank, for the compressed queries.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="latent_dim90",
-        name="Latent dimensions for 90 %",
+        name="Dimensions for 90 %",
         formula="min d: sum of d largest λ ≥ 0.9 sum λ",
         unit="dimensions",
         range="1 … C",
@@ -161,6 +175,7 @@ LATENT = (
         shape="[block]",
         source="principal components",
         how_to_read="Principal directions that hold 90 % of the variance.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="latent_util",
@@ -172,6 +187,7 @@ LATENT = (
         shape="[block]",
         source="latent_erank, rescaled",
         how_to_read="Below 0.1 the latent is much wider than its use.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="latent_dead",
@@ -183,6 +199,7 @@ LATENT = (
         shape="[block]",
         source="definition",
         how_to_read="Constant dimensions carry nothing.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="slot_share",
@@ -194,6 +211,7 @@ LATENT = (
         shape="[block]",
         source="definition",
         how_to_read="The rest goes to the tokens of the own chunk. Near 0: the past is not used.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="slot_n_eff",
@@ -204,7 +222,8 @@ LATENT = (
         at_balance="M",
         shape="[block]",
         source="Hill number of order 1",
-        how_to_read="The n_eff of latent attention.",
+        how_to_read="How many slots the attention is spread over; the n_eff of latent attention.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="slot_dead",
@@ -216,6 +235,7 @@ LATENT = (
         shape="[block]",
         source="mirror of n_dead",
         how_to_read="Slots that no token reads.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="read_entropy",
@@ -227,6 +247,7 @@ LATENT = (
         shape="[block]",
         source="Shannon",
         how_to_read="0: a slot reads one token.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="write_entropy",
@@ -238,6 +259,7 @@ LATENT = (
         shape="[block]",
         source="Shannon",
         how_to_read="0: a token reads one slot.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="slot_overlap",
@@ -249,6 +271,7 @@ LATENT = (
         shape="[block]",
         source="definition",
         how_to_read="1: slots are copies of each other.",
+        recorded="table metrics, whenever latents are recorded",
     ),
     Metric(
         id="eff_map_rank",
@@ -260,5 +283,6 @@ LATENT = (
         shape="[block]",
         source="Roy & Vetterli 2007",
         how_to_read="How much of full attention passes the bottleneck.",
+        recorded="table metrics, whenever latents are recorded",
     ),
 )

@@ -15,6 +15,8 @@ SIMILARITY = (
         shape="[L]",
         source="definition",
         how_to_read="An auxiliary loss is reported to make router rows about three times more alike.",
+        analysis=("router_cos", "router_cos_max"),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="expert_w_cos",
@@ -26,6 +28,7 @@ SIMILARITY = (
         shape="[L, E, E]",
         source="definition",
         how_to_read="High right after upcycling; blind to permuted units: use CKA of outputs then.",
+        analysis=("expert_w_cos", "expert_w_cos_max"),
     ),
     Metric(
         id="linear_cka",
@@ -37,6 +40,7 @@ SIMILARITY = (
         shape="[L, E, E]",
         source="Kornblith et al. 2019",
         how_to_read="Blind to permutations and rotations.",
+        analysis=("linear_cka", "linear_cka_max"),
     ),
     Metric(
         id="pes",
@@ -48,6 +52,8 @@ SIMILARITY = (
         shape="[L]",
         source="SimBal, arXiv 2506.14038",
         how_to_read="All experts run on each probe token. Reported: SimBal 0.0044, auxiliary loss 0.0255.",
+        analysis=("pes",),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="rc",
@@ -58,7 +64,9 @@ SIMILARITY = (
         at_balance="large",
         shape="[L]",
         source="X-MoE, arXiv 2204.09179 (after neural collapse)",
-        how_to_read="Small: tokens sit on the centroid of their expert.",
+        how_to_read="Small: tokens sit on the centroid of their expert. rc_ratio is Tr(S_W) / Tr(S_B), without an "
+        "inverse.",
+        analysis=("rc", "rc_ratio"),
     ),
     Metric(
         id="coupling",
@@ -70,6 +78,7 @@ SIMILARITY = (
         shape="[L]",
         source="arXiv 2605.12476",
         how_to_read="1: the router prefers the experts that respond most.",
+        analysis=("coupling",),
     ),
 )
 
@@ -83,7 +92,9 @@ IMPORTANCE = (
         at_balance="0 ± 2 se",
         shape="[L, E, D]",
         source="paired test; reroute or zero",
-        how_to_read="Name the mode. Show only effects beyond two standard errors.",
+        how_to_read="reroute lets the next expert take over, zero drops what the expert adds: name the mode. Labelled "
+        "with the domain, or all. Show only effects beyond two standard errors.",
+        analysis=("knockout_reroute", "knockout_zero"),
     ),
     Metric(
         id="reap",
@@ -95,10 +106,37 @@ IMPORTANCE = (
         shape="[L, E]",
         source="REAP, arXiv 2510.13999",
         how_to_read="What an expert adds when it is used; needs no extra pass.",
+        analysis=("reap",),
     ),
 )
 
 GRADIENTS = (
+    Metric(
+        id="expert_w_norm",
+        name="Expert weight norm",
+        formula="‖W_i‖",
+        unit="1",
+        range="≥ 0",
+        at_balance="alike for all",
+        shape="[L, E]",
+        source="definition",
+        how_to_read="Weight decay shrinks a dead expert, because no gradient holds against it.",
+        analysis=("expert_w_norm",),
+    ),
+    Metric(
+        id="grad_norm_expert",
+        name="Gradient of an expert",
+        formula="‖g_i‖",
+        unit="gradient norm",
+        range="≥ 0",
+        at_balance="alike for all",
+        shape="[L, E]",
+        source="definition",
+        how_to_read="Exactly zero for an expert that no token reached. While training, before clipping; in an analysis "
+        "one backward pass over the probe (--gradients).",
+        analysis=("grad_norm_expert",),
+        recorded="table scalars: expert_grad_norm/LAYER/EXPERT (moeviz train --expert-grad-every)",
+    ),
     Metric(
         id="grad_per_token",
         name="Gradient per assignment",
@@ -108,7 +146,8 @@ GRADIENTS = (
         at_balance="alike for all",
         shape="[L, E]",
         source="definition",
-        how_to_read="Zero for a dead expert.",
+        how_to_read="Zero for a dead expert. Ask for it with moeviz analyze --gradients.",
+        analysis=("grad_per_token",),
     ),
     Metric(
         id="update_ratio",
@@ -120,6 +159,7 @@ GRADIENTS = (
         shape="[L, E]",
         source="definition",
         how_to_read="A dead expert moves by weight decay alone.",
+        analysis=("update_ratio",),
     ),
     Metric(
         id="clip_frac",
@@ -131,6 +171,7 @@ GRADIENTS = (
         shape="scalar",
         source="definition",
         how_to_read="Near 1: the clip sets the step size.",
+        recorded="moeviz snapshot",
     ),
     Metric(
         id="spike_score",
@@ -142,5 +183,6 @@ GRADIENTS = (
         shape="scalar",
         source="OLMo 2 section 3.2",
         how_to_read="Of the loss or the gradient norm.",
+        recorded="moeviz snapshot",
     ),
 )

@@ -15,6 +15,7 @@ LOAD = (
         shape="[L, E]",
         source="counted before any capacity drop",
         how_to_read="Every step, complete, in the table `expert_load`; a row sums to N k.",
+        recorded="table expert_load, every step",
     ),
     Metric(
         id="load_share",
@@ -27,6 +28,8 @@ LOAD = (
         source="Switch Transformers eq. 5 (k = 1)",
         how_to_read="Sums to 1. Not the coverage: at E = 8, k = 2 an even share is 12.5 %, an even "
         "coverage 25 %.",
+        analysis=("share",),
+        recorded="load_matrix and load_over_time of moeviz.store.queries: share",
     ),
     Metric(
         id="load_rel",
@@ -38,6 +41,7 @@ LOAD = (
         shape="[L, E]",
         source="DeepSeek-V3 fig. 9",
         how_to_read="The heat map's quantity, in log2 around 1. Single steps are noisy: see maxvio_floor.",
+        recorded="load_matrix and load_over_time of moeviz.store.queries: load_rel; the heat map",
     ),
     Metric(
         id="coverage",
@@ -49,6 +53,7 @@ LOAD = (
         shape="[L, E]",
         source="OLMoE eq. 7 over all data",
         how_to_read="Share of tokens that use the expert; sums to k.",
+        recorded="moeviz inspect: share of tokens; k times share",
     ),
     Metric(
         id="load_cv",
@@ -160,6 +165,7 @@ LOAD = (
         how_to_read="OLMoE-1B-7B on C4: 0.990, 0.982, 0.968. Looks high even when a third of "
         "the experts idles: read n_eff.",
         live=True,
+        analysis=("load_entropy",),
     ),
     Metric(
         id="n_eff",
@@ -268,6 +274,7 @@ LOAD = (
         shape="[L]",
         source="Pearson; X² (E−1)/(E−k) ~ χ²(E−1) for independent balanced top-k",
         how_to_read="Significance only: with many tokens everything is significant.",
+        analysis=("load_chi2",),
     ),
 )
 
@@ -295,5 +302,30 @@ DROPS = (
         shape="[L]",
         source="mean excess of a normal load over its limit",
         how_to_read="The floor under drop_rate at this capacity factor.",
+        recorded="message of the alert TOKENS_DROPPED",
+    ),
+    Metric(
+        id="overflow",
+        name="Overflow",
+        formula="max(0, c_i − C) / C",
+        unit="× the expert's slots",
+        range="0 … ",
+        at_balance="0",
+        shape="[L, E]",
+        source="Switch Transformers eq. 3, Megatron capacity",
+        how_to_read="How far past its slots an expert was asked; stored is the largest of the layer.",
+        analysis=("overflow_max",),
+    ),
+    Metric(
+        id="token_drop",
+        name="Tokens without an expert",
+        formula="share of tokens whose k assignments were all dropped",
+        unit="fraction of tokens",
+        range="0 … 1",
+        at_balance="0",
+        shape="[L]",
+        source="definition",
+        how_to_read="They pass through the residual stream alone. Far below drop_rate for k > 1.",
+        analysis=("token_drop",),
     ),
 )

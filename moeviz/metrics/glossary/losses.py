@@ -15,7 +15,8 @@ LOSSES = (
         shape="[L]",
         source="Switch Transformers eq. 4–6; Megatron, MegaBlocks, OLMo-core",
         how_to_read="No sign of health: with flat scores it reads 1.009 while every token goes to one "
-        "expert. transformers reports k times this, with layers pooled.",
+        "expert. Counts are those of the whole step, over micro-batches and ranks (the global batch of Qiu et al. "
+        "2025, arXiv 2501.11873). transformers reports k times this, with layers pooled.",
         live=True,
     ),
     Metric(
@@ -29,6 +30,7 @@ LOSSES = (
         source="transformers, Mixtral family `load_balancing_loss_func`",
         how_to_read="Pools layers before multiplying: layers that collapse onto different experts read as "
         "perfect.",
+        analysis=("aux_hf",),
     ),
     Metric(
         id="aux_gshard",
@@ -40,6 +42,7 @@ LOSSES = (
         shape="[groups]",
         source="GShard algorithm 1",
         how_to_read="E² times this is on the scale of aux_switch.",
+        analysis=("aux_gshard",),
     ),
     Metric(
         id="aux_seq",
@@ -51,6 +54,7 @@ LOSSES = (
         shape="scalar",
         source="DeepSeek-V3 eq. 17–20",
         how_to_read="Asks for balance inside each sequence, which works against specialisation: weight 1e-4.",
+        analysis=("aux_seq",),
     ),
     Metric(
         id="z_loss",
@@ -86,6 +90,7 @@ LOSSES = (
         shape="[L]",
         source="SimBal, arXiv 2506.14038 eq. 4 (entrywise 1-norm); ERNIE 4.5 (Frobenius)",
         how_to_read="Rows of the router that point apart send different tokens to different experts.",
+        analysis=("router_orth",),
     ),
     Metric(
         id="bias_range",

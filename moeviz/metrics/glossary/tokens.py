@@ -16,6 +16,8 @@ CHANGE = (
         source="OLMoE eq. 5, fig. 20",
         how_to_read="Fixed probe. OLMoE-1B-7B: about 60 % after 0.4 % of pretraining, 80 % after 40 %; "
         "later layers earlier, layer 0 much later.",
+        analysis=("saturation", "saturation_top1"),
+        recorded="probe_saturation of moeviz.store.queries",
     ),
     Metric(
         id="saturation_adj",
@@ -27,6 +29,7 @@ CHANGE = (
         shape="[L]",
         source="saturation, rescaled",
         how_to_read="Comparable across E and k.",
+        analysis=("saturation_adj",),
     ),
     Metric(
         id="churn",
@@ -38,6 +41,8 @@ CHANGE = (
         shape="[L]",
         source="1 − saturation between neighbours",
         how_to_read="Falls as the learning rate decays; a rise late in training means that routing moves again.",
+        analysis=("churn",),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="flip1",
@@ -49,6 +54,8 @@ CHANGE = (
         shape="[L]",
         source="definition",
         how_to_read="Top-1 moves more than the set of k.",
+        analysis=("flip1",),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="last_fluctuation",
@@ -59,8 +66,10 @@ CHANGE = (
         at_balance="—",
         shape="[T]",
         source="StableMoE section 1, fig. 2",
-        how_to_read="As a curve: BASE layers still move 40.9 / 29.1 / 15.4 % of the tokens "
+        how_to_read="Stored as a curve: the share of tokens that still moved at or after each checkpoint. "
+        "BASE layers still move 40.9 / 29.1 / 15.4 % of the tokens "
         "after 20 / 50 / 80 % of training.",
+        analysis=("last_fluctuation",),
     ),
     Metric(
         id="probe_drift",
@@ -72,6 +81,8 @@ CHANGE = (
         shape="[L]",
         source="Jensen–Shannon divergence",
         how_to_read="Moves before ids flip.",
+        analysis=("probe_drift",),
+        recorded="table metrics, at every probe",
     ),
 )
 
@@ -87,6 +98,8 @@ COACTIVATION = (
         source="OLMoE eq. 6, fig. 21",
         how_to_read="Asymmetric; rows sum to k − 1. The released OLMoE script counts adjacent ranks "
         "only and reads 4 times too low.",
+        analysis=("coact",),
+        recorded="coactivation of moeviz.store.queries",
     ),
     Metric(
         id="coactivation_norm",
@@ -98,6 +111,7 @@ COACTIVATION = (
         shape="[L, E, E]",
         source="co-activation, rescaled",
         how_to_read="1: always together.",
+        analysis=("coact_norm_max",),
     ),
     Metric(
         id="coactivation_lift",
@@ -109,6 +123,8 @@ COACTIVATION = (
         shape="[L, E, E]",
         source="lift of association rules",
         how_to_read="Takes the loads into account: busy experts meet often without preferring each other.",
+        analysis=("coact_lift_max",),
+        recorded="coactivation of moeviz.store.queries; the map of the Experts page",
     ),
 )
 
@@ -123,6 +139,7 @@ SPECIALIZATION = (
         shape="[L, D, E]",
         source="OLMoE eq. 7, fig. 22",
         how_to_read="A coverage. Maxima: OLMoE-1B-7B 97.7 % (layer 0, arXiv), Mixtral-8x7B 33.2 %.",
+        analysis=("domain_spec",),
     ),
     Metric(
         id="nmi_domain",
@@ -134,6 +151,20 @@ SPECIALIZATION = (
         shape="[L]",
         source="mutual information",
         how_to_read="OLMoE-1B-7B 0.07, 0.17, 0.22; Mixtral-8x7B ≤ 0.004. Show only above the permutation null.",
+        analysis=("nmi_domain",),
+        recorded="table metrics, at every probe, with /null_mean and /null_sd",
+    ),
+    Metric(
+        id="mi_domain",
+        name="Domain information of the first choice",
+        formula="I(domain; e₁)",
+        unit="nats",
+        range="0 … ln #D",
+        at_balance="permutation mean, whole sequences",
+        shape="[L]",
+        source="mutual information, corrected",
+        how_to_read="u_domain is the share of the first choice's entropy that the domain explains.",
+        analysis=("mi_domain", "u_domain"),
     ),
     Metric(
         id="mi_token",
@@ -145,6 +176,7 @@ SPECIALIZATION = (
         shape="[L]",
         source="mutual information, corrected",
         how_to_read="Usually far above that of the position: routing follows vocabulary.",
+        analysis=("mi_token", "u_token"),
     ),
     Metric(
         id="mi_pos",
@@ -156,6 +188,7 @@ SPECIALIZATION = (
         shape="[L]",
         source="mutual information, corrected",
         how_to_read="Large values point to a position artefact.",
+        analysis=("mi_pos", "u_pos"),
     ),
     Metric(
         id="mi_domain_given_token",
@@ -167,6 +200,7 @@ SPECIALIZATION = (
         shape="[L]",
         source="conditional mutual information",
         how_to_read="What is left of domain specialisation once vocabulary is known.",
+        analysis=("mi_domain_given_token",),
     ),
     Metric(
         id="vocab_spec",
@@ -178,6 +212,7 @@ SPECIALIZATION = (
         shape="[V, E]",
         source="OLMoE eq. 8",
         how_to_read="A token seen once reads 100 % by construction: draw the null.",
+        analysis=("vocab_spec",),
     ),
     Metric(
         id="vocab_spec_layer",
@@ -188,7 +223,9 @@ SPECIALIZATION = (
         at_balance="vocab_spec_null",
         shape="[L]",
         source="OLMoE analysis scripts (m = 1); m = 10 here",
-        how_to_read="A third of the types of a sample occur once, so m matters.",
+        how_to_read="A third of the types of a sample occur once, so m matters. Labelled by what is asked: the token "
+        "read (no label), the next token, the predicted token.",
+        analysis=("vocab_spec_layer",),
     ),
     Metric(
         id="expert_token_entropy",
@@ -199,7 +236,9 @@ SPECIALIZATION = (
         at_balance="ln #classes",
         shape="[L, E]",
         source="ST-MoE",
-        how_to_read="Low: the expert has a narrow diet.",
+        how_to_read="Low: the expert has a narrow diet. Classes are read off the text of tokens: words, pieces, "
+        "numbers, punctuation, white space. The largest is the label.",
+        analysis=("expert_token_entropy",),
     ),
     Metric(
         id="repeat_first",
@@ -211,6 +250,7 @@ SPECIALIZATION = (
         shape="[L]",
         source="Mixtral table 5",
         how_to_read="Mixtral-8x7B: 14 % in layer 0, 23–28 % in layers 15 and 31 (chance: 12.5 %).",
+        analysis=("repeat_first",),
     ),
     Metric(
         id="repeat_any",
@@ -222,6 +262,7 @@ SPECIALIZATION = (
         shape="[L]",
         source="Mixtral table 5",
         how_to_read="Mixtral-8x7B: 45–50 % in layer 0, 61–67 % in layer 15 (chance: 46.4 %).",
+        analysis=("repeat_any",),
     ),
 )
 
@@ -236,6 +277,7 @@ PATHS = (
         shape="[L−1, E, E]",
         source="ExFlow, arXiv 2401.08383",
         how_to_read="Compare each row with the plain load of the next layer.",
+        recorded="transitions of moeviz.store.queries; the Flow page",
     ),
     Metric(
         id="mi_layer",
@@ -247,6 +289,19 @@ PATHS = (
         shape="[L−1]",
         source="mutual information",
         how_to_read="OLMoE-1B-7B on C4, layers 0–7: 0.45, 7–15: 0.88; Mixtral-8x7B 0.06, 0.10.",
+        analysis=("mi_layer", "u_layer"),
+    ),
+    Metric(
+        id="cond_entropy_layer",
+        name="What the layer before leaves open",
+        formula="H(e_{l+1} | e_l)",
+        unit="nats",
+        range="0 … ln E",
+        at_balance="H(e_{l+1})",
+        shape="[L−1]",
+        source="conditional entropy",
+        how_to_read="H(e_{l+1}) minus mi_layer: 0 when one layer decides the next.",
+        analysis=("cond_entropy_layer",),
     ),
     Metric(
         id="path_entropy",
@@ -258,5 +313,6 @@ PATHS = (
         shape="scalar",
         source="definition",
         how_to_read="Depends on the number of tokens: state N and the number of distinct paths with it.",
+        analysis=("path_entropy", "path_effective", "path_count", "tokens"),
     ),
 )
