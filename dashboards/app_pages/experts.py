@@ -6,6 +6,7 @@ import streamlit as st
 
 from dashboards import data, noise, view
 from dashboards.figure import draw, empty
+from dashboards.knockouts import draw_knockouts
 from moeviz import plots
 
 RECENT = 1000  # steps that count as now: token-level samples of these are looked at
@@ -59,6 +60,7 @@ with right:
             answer=found._replace(frame=special),
             key="domain_bars",
         )
+draw_knockouts(found, picked.layer, expert, theme)
 history = data.ask(
     picked.path, picked.step, "load_over_time", layer=picked.layer, points=400, last=picked.step
 )

@@ -70,13 +70,14 @@ def print_findings(
         f"{', '.join(probe.names)}\n"
         "value (null ± sd); [dim]dim: chance explains it[/]. Routing follows syntax and vocabulary more than topics.\n"
     )
-    for title, names in (
-        ("layers", _LAYER_NAMES),
-        ("between tokens, layers and experts", _BETWEEN),
-        ("decisions", _DECISIONS),
-        ("since another checkpoint", _CHANGE),
+    for title, names, by in (
+        ("layers", _LAYER_NAMES, ("",)),
+        ("vocabulary by the token that is ...", ("vocab_spec_layer",), ("next token", "predicted token")),
+        ("between tokens, layers and experts", _BETWEEN, ("",)),
+        ("decisions", _DECISIONS, ("",)),
+        ("since another checkpoint", _CHANGE, ()),
     ):
-        _print_layers(console, values, title, names)
+        _print_layers(console, values, title, names, by)
     console.print(_expert_table(values))
     heads = _head_table(values)
     if heads is not None:
@@ -103,13 +104,17 @@ def _number(value: float) -> str:
 
 
 def _print_layers(
-    console: Console, values: Sequence[AnalysisValue], title: str, names: Sequence[str]
+    console: Console, values: Sequence[AnalysisValue], title: str, names: Sequence[str], by: Sequence[str]
 ) -> None:
-    """A row per layer (and other checkpoint), a column per quantity; as many tables as the width asks for."""
+    """A row per layer and label, a column per quantity; as many tables as the width asks for.
+
+    Args:
+        by: labels to print; empty: all.
+    """
     found = {
         (each.layer, each.label, each.name): each
         for each in values
-        if each.part == "layer" and each.name in names
+        if each.part == "layer" and each.name in names and (not by or each.label in by)
     }
     shown = [name for name in names if any(at[2] == name for at in found)]
     labels = any(label for _, label, _ in found)
