@@ -13,10 +13,12 @@ import struct
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moeviz.store import pages
 from moeviz.store.cover import SegmentName, cover
 from moeviz.store.schema import TABLES
 
@@ -69,25 +71,35 @@ def write_parquet(
         sync: wait until they are on the disk.
         row_groups: rows after which a new row group begins in any case, for example at each layer.
     """
-    columns = set(table.column_names)
     most = max(1, int(table.num_rows * _ROW_GROUP_BYTES / max(table.nbytes, 1)))
     with open(path, "wb") as file:
-        writer = pq.ParquetWriter(
-            file,
-            table.schema,
-            compression="zstd",
-            use_dictionary=[name for name in _DICTIONARY_COLUMNS if name.partition(".")[0] in columns],
-            use_byte_stream_split=[f"{name}.list.element" for name in _SPLIT_COLUMNS if name in columns],
-            write_statistics=[name for name in _STATISTICS_COLUMNS if name in columns],
-        )
-        with writer:
-            start = 0
-            for size in row_groups or [table.num_rows]:
-                writer.write_table(table.slice(start, size), row_group_size=most)
-                start += size
+        if pages.fits(table):
+            sizes = [
+                min(most, size - at) for size in row_groups or [table.num_rows] for at in range(0, size, most)
+            ]
+            pages.write(file, table, sizes, _STATISTICS_COLUMNS)
+        else:
+            _write_with_arrow(file, table, row_groups or [table.num_rows], most)
         if sync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def _write_with_arrow(file: BinaryIO, table: pa.Table, row_groups: list[int], most: int) -> None:
+    columns = set(table.column_names)
+    writer = pq.ParquetWriter(
+        file,
+        table.schema,
+        compression="zstd",
+        use_dictionary=[name for name in _DICTIONARY_COLUMNS if name.partition(".")[0] in columns],
+        use_byte_stream_split=[f"{name}.list.element" for name in _SPLIT_COLUMNS if name in columns],
+        write_statistics=[name for name in _STATISTICS_COLUMNS if name in columns],
+    )
+    with writer:
+        start = 0
+        for size in row_groups:
+            writer.write_table(table.slice(start, size), row_group_size=most)
+            start += size
 
 
 def read_segment(
