@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from moeviz.alerts import RULES, AlertConfig, RunPlan
+from moeviz.bridges import Tracking, bridged, check_trackers
 from moeviz.capture.probe import Probe, attach
 from moeviz.capture.reading import Adapter
 from moeviz.capture.sites import find_sites
@@ -64,6 +65,7 @@ def watch(
     pack: bool = True,
     probe_batch: Any = None,
     probe_every: int = 100,
+    trackers: Sequence[str] | Tracking = (),
 ) -> Probe:
     """Watch a Mixture-of-Experts model from here on. Call it before torch.compile, and on every rank.
 
@@ -99,12 +101,17 @@ def watch(
             specialise: token ids [N, S], or the model's keyword arguments as a mapping, in which `domains` may name
             each sequence. The same on every rank, and again after a resume.
         probe_every: run the probe after every n-th step; 0: only when `Probe.run_probe` is called.
+        trackers: also log scalars, metrics, load pictures and alerts to "wandb", "tensorboard" or "trackio"; a
+            `moeviz.bridges.Tracking` says how often, and to which project.
 
     Raises:
         ProbeError: a dense or compiled model, or routers that no adapter reads.
         MoevizError: neither or both of `run` and `sink`; a folder that holds a run, without `resume_from`.
         RunNotFoundError, CorruptRunError: nothing to resume.
+        MissingExtraError: a tracker's package is not installed.
     """
+    tracking = trackers if isinstance(trackers, Tracking) else Tracking(names=tuple(trackers))
+    check_trackers(tracking.names)
     policy = policy or SamplingPolicy()
     if (run is None) == (sink is None):
         raise MoevizError("watch needs either a run folder or a sink; call watch(model, 'runs/NAME')")
@@ -143,7 +150,7 @@ def watch(
     inner: Sink = SegmentWriter(path, ranks.rank, flush_seconds=math.inf)  # the queue says when
     if ranks.rank == 0 or ranks.group is None:
         inner = deriving(
-            inner,
+            bridged(inner, path, tracking, resume_from),
             path,
             description.model,
             resume_from=resume_from,

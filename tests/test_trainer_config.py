@@ -38,8 +38,8 @@ TRAINER_FLAGS = """
 --route-every --route-sequences --attention-every --attention-heads --attention-size
 --latent-every --latent-layers --latent-tokens
 --max-decisions-per-second --max-megabytes-per-second --max-run-megabytes
---max-decisions-per-second --max-megabytes-per-second --max-run-megabytes
 --alert-thresholds --circulating-rules --on-alert-command --on-alert-url --alert-min-severity
+--use-wandb --use-tensorboard --use-trackio --tracker-project --tracker-every
 --eval-every --eval-sequences --probe-every --probe-sequences --save-every --keep-checkpoints --keep-best
 --max-bad-steps --spike-rewind --spike-window --spike-sd --max-rewinds
 --on-alert --respond-every

@@ -16,6 +16,7 @@ import torch
 
 from model.lm import MoELanguageModel
 from moeviz.alerts import Command, Notifier, Webhook, alert_line
+from moeviz.bridges import check_trackers
 from moeviz.errors import MoevizError
 from moeviz.records import AlertRecord
 from trainer.checkpoint import Checkpoint, restore
@@ -80,6 +81,7 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
     Raises:
         MoevizError: see `trainer.train.train`.
     """
+    check_trackers(config.tracking.trackers.names)
     found = None
     if config.resume is not None:
         found = find_checkpoint(config.resume, config.run, note=progress.note)

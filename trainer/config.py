@@ -13,6 +13,7 @@ from typing import Any, Literal, get_type_hints
 
 from model.config import ModelConfig
 from moeviz.alerts import AlertConfig, Command, Webhook
+from moeviz.bridges import Tracking
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from moeviz.records import Severity
@@ -187,6 +188,31 @@ class AlertingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Trackers that are told of scalars, metrics, load pictures and alerts, beside the run folder."""
+
+    use_wandb: bool = False
+    """Weights & Biases: as WANDB_MODE says, and offline (RUN/wandb) without an API key."""
+    use_tensorboard: bool = False
+    """TensorBoard: event files in RUN/tensorboard."""
+    use_trackio: bool = False
+    """trackio: its local database."""
+    tracker_project: str = "moeviz"
+    """Project of the run in W&B and trackio."""
+    tracker_every: int = 10
+    """Steps between two that metrics and loads are told of; scalars are told always."""
+
+    def __post_init__(self) -> None:
+        self.trackers  # noqa: B018  # refuses bad values here
+
+    @property
+    def trackers(self) -> Tracking:
+        """Which trackers, and how often."""
+        names = [name for name in ("wandb", "tensorboard", "trackio") if getattr(self, f"use_{name}")]
+        return Tracking(names=tuple(names), project=self.tracker_project, every=self.tracker_every)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Loss on fixed held-out sequences, for each domain."""
 
@@ -324,6 +350,8 @@ class TrainConfig:
     """How much routing --log-routing records."""
     alerting: AlertingConfig = field(default_factory=AlertingConfig)
     """Alerts."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Other trackers."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Validation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

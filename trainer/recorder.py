@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moeviz.alerts import AlertConfig, RunPlan
+from moeviz.bridges import Tracking, bridged
 from moeviz.capture.sites import find_sites
 from moeviz.records import AlertRecord, EventRecord, ModelInfo, ScalarRecord
 from moeviz.session import deriving, keep_rules, watch, with_rules
@@ -92,6 +93,7 @@ def open_recorder(
             on_alert=on_alert,
             probe_batch=held_out_probe(text, config, engine.module.config),
             probe_every=0,  # the loop asks for it, between steps
+            trackers=config.tracking.trackers,
         )
     if engine.rank > 0:
         return Nowhere()
@@ -103,7 +105,7 @@ def open_recorder(
         planned_steps=config.max_steps,
         ranks=engine.world_size,
     )
-    return ScalarRecorder.open(run, description, resume_from, plan, rules, on_alert)
+    return ScalarRecorder.open(run, description, resume_from, plan, rules, on_alert, config.tracking.trackers)
 
 
 def run_plan(config: TrainConfig) -> RunPlan:
@@ -157,6 +159,7 @@ class ScalarRecorder(Nowhere):
         plan: RunPlan,
         rules: AlertConfig,
         on_alert: Callable[[AlertRecord], None],
+        tracking: Tracking,
     ) -> ScalarRecorder:
         """Make or resume a run folder."""
         if resume_from is None:
@@ -165,7 +168,7 @@ class ScalarRecorder(Nowhere):
             resume_run(run, resume_from)
             keep_rules(run, description.config)
         sink = deriving(
-            SegmentWriter(run),
+            bridged(SegmentWriter(run), run, tracking, resume_from),
             run,
             description.model,
             resume_from=resume_from,

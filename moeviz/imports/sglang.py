@@ -78,7 +78,7 @@ class Dumps:
         self.modes.append("stat")
         counts_NLE = _whole_numbers(content["logical_count"], 3)
         first = max(self.counts_LE, default=-1) + 1
-        used: np.ndarray = counts_NLE.any(axis=(1, 2))
+        used = np.asarray(counts_NLE.any(axis=(1, 2)))
         for step, counts_LE in enumerate(counts_NLE[used], first):
             self.counts_LE[step] = counts_LE.astype(np.int64)
         if not used.all():
@@ -127,7 +127,7 @@ class Dumps:
     @property
     def blocks(self) -> list[int]:
         """Layers of the model that have routers."""
-        any_L: np.ndarray = np.any([counts_LE.any(axis=1) for counts_LE in self.counts_LE.values()], axis=0)
+        any_L = np.any([counts_LE.any(axis=1) for counts_LE in self.counts_LE.values()], axis=0)
         return np.flatnonzero(any_L).tolist()
 
     def top_k(self) -> int:
