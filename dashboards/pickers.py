@@ -76,7 +76,13 @@ def pick_metric(recorded: list[str]) -> Metric | None:
     if not ids:
         return None
     view.keep_valid("metric", ids, FIRST_METRIC if FIRST_METRIC in ids else ids[0])
-    chosen = st.selectbox("Metric over time", ids, key="metric", format_func=lambda id: by_id(id).name)
+    chosen = st.selectbox(
+        "Metric over time",
+        ids,
+        key="metric",
+        format_func=lambda id: by_id(id).name,
+        help=by_id(st.session_state["metric"]).help,
+    )
     view.link("metric")
     return by_id(chosen)
 

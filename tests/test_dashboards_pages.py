@@ -15,6 +15,7 @@ import streamlit as st
 from dashboards_run import COLLAPSING, E, SyntheticRun, model_info
 from streamlit.testing.v1 import AppTest
 
+from moeviz.metrics import by_id
 from moeviz.records import ModelInfo
 from moeviz.store.run import RunInfo, create_run
 
@@ -98,6 +99,7 @@ def test_a_link_restores_the_view(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert app.header[0].value == f"Loads of layer {COLLAPSING}"
     assert "Each expert at step 40" in titles(app)
     assert "Effective experts of all layers" in titles(app)
+    assert app.selectbox(key="metric").help == by_id("n_eff").help
     assert app.session_state["expert"] == 9
     assert link_of(app) == {
         "run": "fox",
