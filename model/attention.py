@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, S, heads * D] -> [B, heads, S, D]."""
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
 
 
 def hold(cache: LayerCache | None, k_BGSD: Tensor, v_BGSD: Tensor) -> Held:

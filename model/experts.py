@@ -125,13 +125,29 @@ class GroupedExperts(nn.Module):
         Slots that are not in `kept_TK` must have weight 0. They are not computed; but under compilation, whose
         shapes are fixed, they are.
         """
-        if kept_TK is not None and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if kept_TK is not None and not compiling:
             return self._kept_only(x_TD, expert_ids_TK, weights_TK, kept_TK)
+        if len(x_TD) == 1 and x_TD.device.type == "cpu" and not (compiling or torch.is_grad_enabled()):
+            return self._one_token(x_TD, expert_ids_TK, weights_TK)
         order_N, inverse_N, ends_E = dispatch(expert_ids_TK, self.num_experts)
         dtype = matmul_dtype(x_TD)
         x_ND = _ToExperts.apply(x_TD.to(dtype), order_N, inverse_N)
         y_ND = self._run(x_ND, ends_E)
         return _ToTokens.apply(y_ND, weights_TK.to(dtype), order_N, inverse_N)
+
+    def _one_token(self, x_1D: Tensor, expert_ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
+        """Expert by expert: for the one token of a decoding step, sorting would cost more than the products."""
+        ids, dtype = expert_ids_1K[0].tolist(), matmul_dtype(x_1D)
+        x_1D, into, out_of = x_1D.to(dtype), self.gate_up_proj, self.down_proj
+        gate_up = torch.cat([F.linear(x_1D, into[expert].to(dtype)) for expert in ids])
+        if self.gate_up_proj_bias is not None:
+            gate_up = gate_up + self.gate_up_proj_bias[ids].to(dtype)
+        h_KF = activate(self.config, *gate_up.chunk(2, dim=-1))
+        y_KD = torch.cat([F.linear(h_KF[k : k + 1], out_of[e].to(dtype)) for k, e in enumerate(ids)])
+        if self.down_proj_bias is not None:
+            y_KD = y_KD + self.down_proj_bias[ids].to(dtype)
+        return weights_1K.to(dtype) @ y_KD
 
     def _kept_only(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
         slots_N = kept_TK.flatten().nonzero().squeeze(1)

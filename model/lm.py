@@ -162,6 +162,7 @@ class MoELanguageModel(nn.Module):
         cache: KVCache | None = None,
         counts_so_far_LE: Tensor | None = None,
         sequence_labels_B: Tensor | None = None,
+        logits_to_keep: int | None = None,
     ) -> ModelOutput:
         """Run the model.
 
@@ -180,10 +181,14 @@ class MoELanguageModel(nn.Module):
                 with router.balance_scope=global the balance loss evens out their sum with these.
             sequence_labels_B: int64, for the contrastive head: sequences of one label, for example a domain, belong
                 together; -1 belongs to nothing. None: no loss.
+            logits_to_keep: without labels, logits of the last positions only: text needs one. None: of all.
         """
         valid_BC = attention_mask_BS.bool() if attention_mask_BS is not None else None
         hidden_BSD, routings = self.model(input_ids_BS, valid_BC, cache, document_ids_BS)
-        logits_BSV, ce, token_loss_BS, correct_BS = self.lm_head(hidden_BSD, labels_BS)
+        read_BSD = hidden_BSD
+        if labels_BS is None and logits_to_keep is not None:
+            read_BSD = hidden_BSD[:, -logits_to_keep:]
+        logits_BSV, ce, token_loss_BS, correct_BS = self.lm_head(read_BSD, labels_BS)
         valid_T = valid_BC[:, -input_ids_BS.shape[1] :].flatten() if valid_BC is not None else None
         counts_LE = self._counts(routings, valid_T, input_ids_BS.device)
         aux: dict[str, Tensor] = {}

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from model.expert_config import RouterConfig
-from model.experts import count_experts
 from model.router import Routing
 
 
@@ -29,19 +28,17 @@ def expert_counts(routings: Sequence[Routing], valid_T: Tensor | None = None) ->
 
     Slots that a capacity dropped are counted, for they were chosen. Where experts choose, it is how many they took.
     """
-    rows = []
-    for routing in routings:
-        num_experts = routing.logits_TE.shape[-1]
-        ids_TK = routing.expert_ids_TK
-        counted = None if valid_T is None else valid_T[:, None]
-        if routing.taken_BCE is not None:
-            counted = routing.kept_TK
-        if counted is None:
-            rows.append(count_experts(ids_TK, num_experts))
-        else:
-            spill_TK = ids_TK.masked_fill(~counted, num_experts)
-            rows.append(count_experts(spill_TK, num_experts + 1)[:num_experts])
-    return torch.stack(rows)
+    num_experts = routings[0].logits_TE.shape[-1]
+    ids_LTK = torch.stack([routing.expert_ids_TK for routing in routings])
+    if routings[0].taken_BCE is not None:
+        kept = [routing.kept_TK for routing in routings if routing.kept_TK is not None]
+        ids_LTK = ids_LTK.masked_fill(~torch.stack(kept), num_experts)
+    elif valid_T is not None:
+        ids_LTK = ids_LTK.masked_fill(~valid_T[:, None], num_experts)
+    ids_LN = ids_LTK.flatten(1)
+    # One column more, for slots that do not count: a fixed shape, as compilers need.
+    counts = torch.zeros(len(routings), num_experts + 1, dtype=torch.int64, device=ids_LN.device)
+    return counts.scatter_add_(1, ids_LN, torch.ones_like(ids_LN))[:, :num_experts]
 
 
 def balance_losses(

@@ -133,3 +133,17 @@ def test_dispatch_sorts_by_expert_and_keeps_the_order_of_tokens() -> None:
     for expert in range(5):
         rows = order_N[starts[expert] : starts[expert + 1]]
         assert set(ids_TK.flatten()[rows].tolist()) <= {expert}
+
+
+@pytest.mark.parametrize("kind", [ExpertConfig(), CLAMPED], ids=["swiglu", "clamped"])
+@pytest.mark.parametrize(("num_experts", "top_k"), CASES.values(), ids=CASES)
+def test_one_token_without_gradients(num_experts: int, top_k: int, kind: ExpertConfig) -> None:
+    """A decoding step goes expert by expert; it must say what the sorted way says."""
+    experts = _experts(num_experts, top_k, kind=kind)
+    ids_TK, weights_TK = _routing(3, num_experts, top_k)
+    x_TD = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    expected = _textbook(experts, x_TD, ids_TK, weights_TK)
+    with torch.no_grad():
+        for t in range(3):
+            got = experts(x_TD[t : t + 1], ids_TK[t : t + 1], weights_TK[t : t + 1])
+            torch.testing.assert_close(got, expected[t : t + 1])

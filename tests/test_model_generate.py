@@ -290,3 +290,38 @@ def test_a_model_that_looks_ahead_says_so(model: MoELanguageModel) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(model, _prompt(), GREEDY)
+
+
+def test_one_long_text_equals_full_passes() -> None:
+    """A single sequence on a CPU has ways of its own: expert by expert, and logits by columns."""
+    torch.manual_seed(2)
+    config = ModelConfig(
+        vocab_size=23, dim=16, num_layers=2, num_heads=2, num_experts=5, top_k=3, expert_dim=8, max_seq_len=40,
+        init_std=0.4,
+    )  # fmt: skip
+    model, long = MoELanguageModel(config), Sampling(max_new_tokens=30, temperature=0)
+    assert torch.equal(generate(model, _prompt(1), long), _greedy_without_cache(model, _prompt(1), 30))
+
+
+def test_logits_are_read_from_the_weight_again_after_a_text(model: MoELanguageModel) -> None:
+    """Also between two tokens of one, where a training step may change it."""
+    ids_BS = _prompt(1)
+    text = stream(model, ids_BS, Sampling(max_new_tokens=18, temperature=0), cache=_roomy(model))
+    next(text)
+    next(text)
+    logits = model(ids_BS).logits_BSV
+    assert logits is not None
+    logits.sum().backward()
+    assert model.lm_head.weight.grad is not None
+    model.zero_grad()
+
+
+def _roomy(model: MoELanguageModel) -> KVCache:
+    """A cache that forgets, so that a text may be longer than the context."""
+    return KVCache(model.config, batch_size=1, eviction=SinksAndRecent(sinks=1, recent=12))
+
+
+def test_only_the_logits_asked_for(model: MoELanguageModel) -> None:
+    every, last = model(_prompt()).logits_BSV, model(_prompt(), logits_to_keep=2).logits_BSV
+    assert every is not None
+    torch.testing.assert_close(last, every[:, -2:])
