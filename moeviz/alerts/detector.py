@@ -73,7 +73,7 @@ class RouterDetector:
     @property
     def n_dead_L(self) -> np.ndarray:
         """Experts of each layer whose smoothed load is below the dead line."""
-        return self.statistics.experts_below(self.config.dead_line).sum(axis=-1)
+        return self._view.dead_L
 
     def restore(self, alerts: Iterable[AlertRecord]) -> None:
         """Adopt the open router episodes of an earlier attempt, so that they can be updated and cleared."""
