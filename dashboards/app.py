@@ -47,6 +47,12 @@ PAGES = (
     ),
     ("flow", "Flow", "account_tree", "Paths that tokens take from layer to layer, beyond chance."),
     ("attention", "Attention", "grid_view", "What each head reads: all heads small, one large."),
+    (
+        "latents",
+        "Latents",
+        "compress",
+        "What attention keeps in latents: how much of them is used, and by whom.",
+    ),
 )
 
 

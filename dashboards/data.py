@@ -146,6 +146,28 @@ def attention_answer(weights_QC: np.ndarray, step: int, layer: int, head: int, s
     return Answer(frame, f"queries.attention_map(run, {step=}, {layer=}, {head=}, {seq=})")
 
 
+@st.cache_data(max_entries=64, show_spinner=False)
+def latents(path: str, step: int, layer: int, name: str) -> queries.LatentArrays | None:
+    """The latents of one block at one step (see `queries.latent_arrays`); they never change once written."""
+    return queries.latent_arrays(run_store(path), step, layer, name)
+
+
+def latent_heads(picked: View, index: pd.DataFrame) -> list[int]:
+    """Query heads whose slots were recorded; empty where all heads share a latent."""
+    rows = index[index["name"] == "write"]
+    if rows.empty:
+        return []
+    found = latents(picked.path, int(rows["step"].iloc[-1]), int(rows["layer"].iloc[-1]), "write")
+    return [] if found is None else [head for head in found.heads_X if head is not None]
+
+
+def latent_answer(grid_SC: np.ndarray, step: int, layer: int, name: str) -> Answer:
+    """A picture of latents as a table: row (token, or block of tokens), place, value."""
+    row, place = np.indices(grid_SC.shape).reshape(2, -1)
+    frame = pd.DataFrame({"row": row, "place": place, "value": grid_SC.ravel()})
+    return Answer(frame, f"queries.latent_arrays(run, {step=}, {layer=}, {name=}).grid_XSC")
+
+
 def coactivation(picked: View, first: int, last: int) -> Answer:
     """Pairs of experts of the view's layer that share tokens: expert, other, count, share, lift; none for top-1."""
     if picked.top_k < 2:

@@ -40,6 +40,8 @@ _READ: dict[str, Callable[[str], Any]] = {
     "seq": int,
     "block": int,
     "head": int,
+    "part": str,
+    "measure": str,
 }
 
 

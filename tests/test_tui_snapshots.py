@@ -25,6 +25,7 @@ CASES = {
     "alerts": ((120, 36), BIG, ("5", "j"), Ink()),
     "runs": ((120, 36), BIG, ("6",), Ink()),
     "runs-80x24": ((80, 24), BIG, ("6",), Ink()),
+    "latents": ((120, 36), SMALL, ("7",), Ink()),
     "help": ((100, 34), BIG, ("question_mark",), Ink()),
 }
 

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from moeviz.live import RunState, Series, Snapshot
+from moeviz.metrics import by_id
+from moeviz.metrics.latent import TELLING
 from moeviz.records import AlertRecord, LayerInfo, ModelInfo
-from tui.archive import Flow, RunRow, SequenceRef, Source, TokenTrace
+from tui.archive import Flow, LatentPlace, RunRow, SequenceRef, Source, TokenTrace
+from tui.latents import PARTS, LatentKind, LatentSheet, LatentValue
 from tui.scene import LoadHistory
 
 TEXTS = (
@@ -194,6 +197,7 @@ class FakeArchive:
         self.run = run
         self.closed = False
         self.asked: list[str] = []
+        self.latent_kind: LatentKind | None = "mla"
 
     def loads(self, first_step: int, last_step: int) -> LoadHistory:
         self.asked.append("loads")
@@ -244,6 +248,41 @@ class FakeArchive:
         affinity_EE[np.arange(self.run.num_experts), rng.permutation(self.run.num_experts)] *= 8
         counts_EE = rng.poisson(affinity_EE * 40).astype(np.float64)
         return Flow(layer=layer, next_layer=layer + 1, counts_EE=counts_EE, steps="steps 120 to 159")
+
+    def latents(self, place: LatentPlace) -> LatentSheet | None:
+        """Two blocks of the `latent_kind`: latents of 24 numbers, or 16 slots."""
+        self.asked.append("latents")
+        if self.latent_kind is None or place.step < 0:
+            return None
+        mla = self.latent_kind == "mla"
+        part = PARTS[self.latent_kind][place.part]
+        block = 2 if place.block is None else place.block
+        rng = np.random.default_rng((block, place.part, place.head))
+        texts, cols = tokens(TEXTS[0]), 24 if mla else 16
+        grid_SC = rng.normal(size=(len(texts), cols)) if mla else rng.dirichlet(np.ones(cols), len(texts))
+        steps = np.arange(0, place.step + 1, 10)
+        profile_TC = np.abs(rng.normal(1, 0.3, (len(steps), cols))) * np.linspace(0.2, 1, len(steps))[:, None]
+        names = TELLING[self.latent_kind]
+        return LatentSheet(
+            kind=self.latent_kind,
+            part=part,
+            blocks=(0, 2),
+            block=block,
+            step=int(steps[-1]),
+            heads=() if mla else (0, 1, 2),
+            head=place.head,
+            tokens=1024,
+            length=len(texts),
+            texts=texts,
+            grid_SC=grid_SC.astype(np.float32),
+            singular_R=np.geomspace(9, 0.2, cols),
+            steps_T=steps,
+            profile_TC=profile_TC,
+            values=tuple(
+                LatentValue(by_id(name).name, 3.25 / (1 + at), by_id(name).unit, by_id(name).how_to_read)
+                for at, name in enumerate(names)
+            ),
+        )
 
     def close(self) -> None:
         self.closed = True

@@ -30,6 +30,7 @@ from tui.scene import SCALES, Eye, LoadHistory
 from tui.screens.alerts import AlertsScreen
 from tui.screens.base import RunScreen, app_bindings
 from tui.screens.flow import FlowScreen
+from tui.screens.latents import LatentsScreen
 from tui.screens.layer import LayerScreen
 from tui.screens.overlays import FindScreen, HelpScreen
 from tui.screens.overview import OverviewScreen
@@ -56,6 +57,7 @@ class MoevizApp(App[None]):
         "tokens": TokensScreen,
         "alerts": AlertsScreen,
         "runs": RunsScreen,
+        "latents": LatentsScreen,
     }
     DEFAULT_MODE = "overview"
     BINDINGS = app_bindings()

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from moeviz.live import Feed, RunState
+from tui.latents import LatentSheet
 from tui.scene import LoadHistory
 
 
@@ -91,6 +92,20 @@ class RunRow:
     """Since it was created."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatentPlace:
+    """Which latents are asked for; what was not recorded is replaced by what was."""
+
+    block: int | None = None
+    """None: the last block."""
+    part: int = 0
+    """Place in `tui.latents.PARTS` of the kind."""
+    head: int = 0
+    """Place among the recorded heads."""
+    step: int = 0
+    """The newest recorded one up to this is shown."""
+
+
 class Archive(Protocol):
     """The past and the tokens of one run."""
 
@@ -104,6 +119,9 @@ class Archive(Protocol):
 
     def flow(self, layer: int) -> Flow | None:
         """From `layer` to the next one; None where no tokens were sampled or it is the last layer."""
+
+    def latents(self, place: LatentPlace) -> LatentSheet | None:
+        """Latents of one attention block; None where none were recorded up to the step."""
 
     def close(self) -> None: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-ScreenName = Literal["overview", "layer", "flow", "tokens", "alerts", "runs"]
+ScreenName = Literal["overview", "layer", "flow", "tokens", "alerts", "runs", "latents"]
 MAX_FOOTER = 8
 
 
@@ -40,6 +40,7 @@ TABS = (
     Tab("tokens", "4", "Tokens", "Which expert serves which token of a text?"),
     Tab("alerts", "5", "Alerts", "What is wrong, and what can be done?"),
     Tab("runs", "6", "Runs", "Which runs are there?"),
+    Tab("latents", "7", "Latents", "What does attention keep in its latents, and how much of them is used?"),
 )
 
 
@@ -103,7 +104,15 @@ KEYS = (
         (("m", "mute"),), "alerts", True),
     Key("↑↓", "Run", "Select a run (also k j).", _LIST, "runs", True),
     Key("enter", "Open", "Open the selected run.", (("enter", "enter"),), "runs", True),
-    Key("1-6", "Screens", "Overview, layer, flow, tokens, alerts, runs.",
+    Key("↑↓", "Block", "The attention block before or after (also k j).",
+        (("up,k", "block(-1)"), ("down,j", "block(1)")), "latents", True),
+    Key("←→", "Head", "The head before or after, where heads have slots of their own (also h l).",
+        (("left,h", "head(-1)"), ("right,l", "head(1)")), "latents", True),
+    Key("t", "Part", "MLA: latents of keys and values, or of queries. Two stages: what slots read, or who reads them.",
+        (("t", "part"),), "latents", True),
+    Key("pgup pgdn", "Tokens", "Scroll through the tokens of the sequence.",
+        (("pageup", "rows(-1)"), ("pagedown", "rows(1)")), "latents", True),
+    Key("1-7", "Screens", "Overview, layer, flow, tokens, alerts, runs, latents.",
         tuple((tab.key, f"app.show_screen('{tab.name}')") for tab in TABS)),
     PANE,
     Key("space", "Pause", "Hold the picture; the top line keeps moving. Again: back to the newest step.",

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from moeviz.metrics import by_id
+from moeviz.metrics.latent import TELLING
 from moeviz.metrics.load import load_rel, load_share
 from moeviz.records import ModelInfo
 from moeviz.store import queries
 from moeviz.store.catalog import find_runs
 from moeviz.store.feed import RunFeed
 from moeviz.store.reader import Store, open_run
-from tui.archive import Flow, RunRow, SequenceRef, Source, TokenTrace
+from tui.archive import Flow, LatentPlace, RunRow, SequenceRef, Source, TokenTrace
+from tui.latents import PARTS, LatentKind, LatentSheet, LatentValue
 from tui.scene import LoadHistory
 
 MAX_SEQUENCES = 200
@@ -93,6 +96,54 @@ class StoreArchive:
         counts_EE = np.zeros(sizes)
         counts_EE[pairs["source"], pairs["target"]] = pairs["count"]
         return Flow(layer=layer, next_layer=layer + 1, counts_EE=counts_EE, steps=_steps_words(first, last))
+
+    def latents(self, place: LatentPlace) -> LatentSheet | None:
+        index = queries.latent_index(self._store)
+        index = index[index["step"] <= place.step]
+        if index.empty:
+            return None
+        step = int(index["step"].max())
+        index = index[index["step"] == step]
+        blocks = tuple(sorted(index["layer"].unique().tolist()))
+        block = blocks[-1] if place.block is None or place.block not in blocks else place.block
+        names = set(index[index["layer"] == block]["name"])
+        kind: LatentKind = "mla" if "kv" in names else "two-stage"
+        part = PARTS[kind][place.part]
+        part = part if part in names else PARTS[kind][0]
+        arrays = queries.latent_arrays(self._store, step, block, part)
+        if arrays is None:
+            return None
+        head = min(place.head, len(arrays.heads_X) - 1)
+        rows = queries.latent_profiles(self._store, block, part, step)
+        profile = rows.pivot(index="step", columns="place", values="value").sort_index()
+        texts = queries.trace_arrays(self._store, step, arrays.seq).texts[: arrays.length]
+        return LatentSheet(
+            kind=kind,
+            part=part,
+            blocks=blocks,
+            block=block,
+            step=step,
+            heads=tuple(each for each in arrays.heads_X if each is not None),
+            head=head,
+            tokens=arrays.tokens,
+            length=arrays.length,
+            texts=texts if len(texts) == arrays.grid_XSC.shape[1] else (),
+            grid_SC=arrays.grid_XSC[head],
+            singular_R=arrays.singular_XR[head],
+            steps_T=profile.index.to_numpy(),
+            profile_TC=profile.to_numpy(),
+            values=self._latent_values(kind, step, block),
+        )
+
+    def _latent_values(self, kind: LatentKind, step: int, block: int) -> tuple[LatentValue, ...]:
+        rows = queries.latent_metrics(self._store, step)
+        rows = rows[(rows["step"] == step) & (rows["layer"] == block)]
+        values = dict(zip(rows["name"], rows["value"], strict=True))
+        known = [by_id(name) for name in TELLING[kind] if name in values]
+        return tuple(
+            LatentValue(metric.name, float(values[metric.id]), metric.unit, metric.how_to_read)
+            for metric in known
+        )
 
     def close(self) -> None:
         self._store.close()

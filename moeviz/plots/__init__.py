@@ -9,6 +9,7 @@ from __future__ import annotations
 from moeviz.plots.attention import attention_map
 from moeviz.plots.curves import alert_spans, metric_curves
 from moeviz.plots.experts import coactivation_map, coactivation_rows, domain_bars, life_line, token_lifts
+from moeviz.plots.latents import latent_picture, latent_spectrum, latent_time_map
 from moeviz.plots.loads import load_bars, load_river, load_time_map, river_groups
 from moeviz.plots.paths import PathLinks, lift_matrix, path_links, path_sankey, strongest_routes
 
@@ -19,6 +20,10 @@ __all__ = [
     "coactivation_map",
     "coactivation_rows",
     "domain_bars",
+    "domain_time_map",
+    "latent_picture",
+    "latent_spectrum",
+    "latent_time_map",
     "life_line",
     "lift_matrix",
     "load_bars",

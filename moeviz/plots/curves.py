@@ -19,6 +19,7 @@ def metric_curves(
     layer: int | None = None,
     floor: pd.DataFrame | float | None = None,
     limits: tuple[float, float] | None = None,
+    noun: str = "layer",
     theme: Theme = "dark",
     height: int = 240,
 ) -> go.Figure:
@@ -29,12 +30,13 @@ def metric_curves(
         label: name and unit of the value, for the axis.
         floor: what perfect balance would show with this many tokens, as `step`, `value` or one number: dashed.
         limits: of the axis, for quantities with a natural range.
+        noun: what the layers of the frame are called.
     """
     ink = INK[theme]
     figure = blank(theme, height, showlegend=False, hovermode="closest", margin=NAMES_ABOVE)
     for at, rows in sorted(frame.groupby("layer", dropna=False), key=lambda group: group[0] == layer):
         chosen = at == layer
-        name = "run" if pd.isna(at) else f"layer {int(at)}"
+        name = "run" if pd.isna(at) else f"{noun} {int(at)}"
         figure.add_scatter(
             x=rows["step"],
             y=rows["value"],

@@ -1,1 +1,1 @@
-"""The six screens: each says which panes it has, what they show, and what its own keys do."""
+"""The seven screens: each says which panes it has, what they show, and what its own keys do."""
