@@ -20,7 +20,6 @@ __all__ = [
     "coactivation_map",
     "coactivation_rows",
     "domain_bars",
-    "domain_time_map",
     "latent_picture",
     "latent_spectrum",
     "latent_time_map",
