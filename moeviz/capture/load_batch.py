@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class LoadBatch:
     whole: bool = True
     """False when recording failed in this step: then no load is written, only scalars."""
     copy: HostCopy | None = None
+    droppable: ClassVar[bool] = False
 
     @property
     def rank(self) -> int:

@@ -109,7 +109,7 @@ class Probe:
     def __init__(
         self, info: ModelInfo, sink: Sink, rank: int, first_step: int, defer: bool, process_group: Any
     ) -> None:
-        self.info = info
+        self.info, self._num_layers = info, info.num_layers
         self.rank = rank
         self.failures = Failures()
         self.on_close: Callable[[BaseException | None], None] | None = None
@@ -149,9 +149,10 @@ class Probe:
         except Exception as error:
             self._failed("the end of a step", error)
         self._recorded = True
-        self.failures.end_step()
-        if self.failures.exhausted and self._tap.attached:
-            self._give_up()
+        if self.failures.last is not None or self.failures.failing_steps:
+            self.failures.end_step()
+            if self.failures.exhausted and self._tap.attached:
+                self._give_up()
         self._step = self._tap.step = number + 1
         self._seconds += time.perf_counter() - began
         if self._probe_every and (number + 1) % self._probe_every == 0:
@@ -279,7 +280,7 @@ class Probe:
     def _finish_step(self, number: int, scalars: Mapping[str, float | Tensor]) -> None:
         sums, samples = self._tap.take()
         routing, sums.routing = sums.routing, []
-        whole = not self.failures.spoiled and len(sums.layers_seen) == self.info.num_layers
+        whole = not self.failures.spoiled and len(sums.layers_seen) == self._num_layers
         if not whole and self._tap.attached:
             self._explain_empty(sums)
         load = self._load_batch(number, sums, scalars, whole)
@@ -317,7 +318,7 @@ class Probe:
             device_scalars=on_device,
             whole=whole,
         )
-        if on_device or any(total.counts_LE.is_cuda for total in sums.sums.values()):
+        if on_device or self._tap.on_accelerator:
             batch.send()
         return batch
 

@@ -150,9 +150,11 @@ class Sampler:
 
     def take(self) -> StepSamples:
         """The samples of the step, and a fresh start."""
-        done, self.step = self.step, StepSamples()
         self.sequences, self._seen = self._seen, 0
         self._labels.clear()
         self._label_of_all = None
-        self._rows, self.rows_N, self.attention_rows_N, self.latent_rows_N = [], None, None, None
+        done = self.step
+        if done.sequences:  # else the empty samples serve the next step too
+            self.step = StepSamples()
+            self._rows, self.rows_N, self.attention_rows_N, self.latent_rows_N = [], None, None, None
         return done

@@ -71,6 +71,8 @@ class Tap:
         self._router_slots = [RouterSlot() for _ in sites.routers]
         self._core_slots = [CoreSlot() for _ in sites.cores]
         self._handles: list[Handle] = []
+        self.on_accelerator = False
+        """Whether the routers decide on a device whose results are waited for."""
         self._filled = False
         """Whether slots may hold something: a forward that raised never came to empty them."""
         self._held = 0
@@ -189,6 +191,7 @@ class Tap:
         self._held = 0
         held = next((reading for reading in readings if reading is not None), None)
         if held is not None:
+            self.on_accelerator = not held.logits_TE.is_cpu
             with torch.no_grad(), torch.autocast(held.logits_TE.device.type, enabled=False):
                 self.collector.collect(self.micro_batch, readings, self.sampler.rows_N)
 
