@@ -175,3 +175,21 @@ def test_a_damaged_checkpoint_that_was_named_is_an_error(
 def test_parsing_raises_for_other_code() -> None:
     with pytest.raises(MoevizError, match="preset=nope is unknown"):
         parse(["--preset", "nope"])
+
+
+def test_flags_that_people_of_the_field_type_mean_what_they_expect() -> None:
+    words = (
+        "--dim 64 --n-layers 3 --n-heads 4 --n-kv-heads 2 --num-experts 6 --top-k 3 --batch-size 5 "
+        "--gradient-accumulation-steps 2 --max-steps 9 --learning-rate 0.25 --weight-decay 0.5 --warmup-steps 4 "
+        "--grad-clip 0.75 --seq-len 48 --train-data texts --val-data more"
+    )
+    config = parsed(f"--preset smoke {words}")
+    model, data, optim = config.model, config.data, config.optim
+    assert (model.dim, model.num_layers, model.num_heads, model.num_kv_heads) == (64, 3, 4, 2)
+    assert (model.num_experts, model.top_k) == (6, 3)
+    assert (data.batch_size, data.gradient_accumulation_steps, data.seq_len) == (5, 2, 48)
+    assert (data.train_data, data.val_data) == ("texts", "more")
+    assert (optim.learning_rate, optim.weight_decay, optim.grad_clip) == (0.25, 0.5, 0.75)
+    assert (config.max_steps, config.schedule.warmup_steps) == (9, 4)
+    for spelling in ("--n_layers", "--n-layers"):
+        assert parse(["--preset", "smoke", spelling, "3"]).model.num_layers == 3

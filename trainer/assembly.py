@@ -112,7 +112,9 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
     if chosen:
         standing.micro_batch = largest_that_fits(engine, text, config)
     judge = _judge(config, engine, found)
-    recorder = open_recorder(config, run, engine, text, first_step if found else None, on_alert)
+    # A pruned model begins a folder of its own with a checkpoint in it.
+    is_recorded = found is not None and (run / "run.json").exists()
+    recorder = open_recorder(config, run, engine, text, first_step if is_recorded else None, on_alert)
     if chosen:
         recorder.event(
             "micro_batch", step=first_step, sequences=standing.micro_batch, reason="largest that fits"

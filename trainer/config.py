@@ -278,6 +278,32 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Experts that leave while a run trains."""
+
+    prune_experts: tuple[str, ...] = ()
+    """STEP=EXPERTS ...: before this step keep so many experts of each layer, the most used ones. The run goes on in a
+    folder of its own, RUN-EXPERTS-experts."""
+    prune_window: int = 200
+    """Steps before it that their use is measured in."""
+
+    def __post_init__(self) -> None:
+        _require(self.prune_window >= 1, f"prune_window={self.prune_window}", "is below 1; 200 is usual")
+        self.plan  # noqa: B018  # refuses what cannot be read here
+
+    @property
+    def plan(self) -> dict[int, int]:
+        """Experts that are kept, by step."""
+        plan = {}
+        for text in self.prune_experts:
+            step, _, experts = text.partition("=")
+            readable = step.isdecimal() and experts.isdecimal() and int(step) > 0 and int(experts) > 0
+            _require(readable, f"prune_experts={text!r}", "is no STEP=EXPERTS; 1000=6 keeps six at step 1000")
+            plan[int(step)] = int(experts)
+        return plan
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What runs a step."""
 
@@ -360,6 +386,8 @@ class TrainConfig:
     """Bad steps."""
     response: ResponseConfig = field(default_factory=ResponseConfig)
     """Interventions."""
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    """Experts that leave."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Engine, precision, device."""
 
@@ -375,6 +403,20 @@ class TrainConfig:
         _require(self.seed >= 0, f"seed={self.seed}", "is negative; give 0 or a positive number")
         self._check_optimizer()
         self._check_responses()
+        self._check_pruning()
+
+    def _check_pruning(self) -> None:
+        before = self.model.num_experts
+        for step, experts in sorted(self.prune.plan.items()):
+            fits = self.model.top_k <= experts < before
+            _require(
+                fits,
+                f"prune_experts {step}={experts}",
+                f"is not between top_k={self.model.top_k} and the {before} experts before, so nothing can leave",
+            )
+            before = experts
+        if self.prune.plan and self.engine.engine != "torch":
+            raise MoevizError("prune_experts needs whole optimizer state; use --engine torch")
 
     def _check_responses(self) -> None:
         actions = {response.action for response in self.response.responses}

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from model.lm import ModelOutput, MoELanguageModel
+from model.prune import Sources, carry_optimizer_state, with_experts
 from moeviz.errors import MoevizError
 from trainer.config import TrainConfig
 from trainer.engine import Update, choose_device
+from trainer.frozen import freeze
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 from trainer.precision import MasterWeights, cast_weights
@@ -136,6 +138,27 @@ class TorchEngine:
             self._scale.load(state["scale"])
         if self._averages:
             self._put_back(state["trained"])
+
+    def with_experts(self, sources: Sources, config: TrainConfig) -> TorchEngine:
+        """An engine whose experts are copies of these of this one's, with their optimizer state.
+
+        Raises:
+            ValueError: see `model.prune.with_experts`.
+        """
+        exact = MoELanguageModel(self.module.config)
+        exact.load_state_dict({**self.module.state_dict(), **self._masters.state()})
+        small = with_experts(exact, sources)
+        weights = {name: weight.detach().clone() for name, weight in small.named_parameters()}
+        freeze(small, config.freeze, config.train_only)
+        engine = TorchEngine(small, config)
+        engine._masters.load(weights)
+        engine._masters.publish()
+        named = dict(self._masters.named()), dict(engine._masters.named())
+        carry_optimizer_state(exact, sources, (named[0], self._optimizer), (named[1], engine._optimizer))
+        for mine, theirs in zip(self._optimizer.param_groups, engine._optimizer.param_groups, strict=True):
+            theirs.update({key: value for key, value in mine.items() if key != "params"})
+        engine._scale.load(self._scale.state())
+        return engine
 
     def destroy(self) -> None:
         self.discard()

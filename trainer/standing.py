@@ -38,6 +38,8 @@ class Standing:
     """... of bias_step."""
     aux_factor: float = 1.0
     """... of aux_coef."""
+    usage: list[list[int]] = field(default_factory=list)
+    """Assignments of each layer's experts that the next pruning goes by."""
     responded: dict[str, int] = field(default_factory=dict)
     """Step of the last response to each open alert."""
 

@@ -24,6 +24,7 @@ from trainer.guards import note_bad_step
 from trainer.interrupt import Interrupt
 from trainer.interventions import respond
 from trainer.progress import Progress, Silent, StepReport
+from trainer.pruning import count_usage, prune_if_due
 from trainer.restart import Restart
 from trainer.saving import save, save_if_best, save_or_warn
 from trainer.spikes import go_back_at_a_spike
@@ -130,6 +131,9 @@ def _attempt(
             course.forget_from(parts.first_step)
         with interrupt:
             error = _run(parts, course, interrupt)
+    except Restart as wish:
+        error = None if wish.ends_run else wish
+        raise
     except BaseException as failure:
         error = failure
         raise
@@ -164,6 +168,7 @@ def _run(parts: Assembly, course: Course, interrupt: Interrupt) -> BaseException
 def _step(parts: Assembly, course: Course) -> None:
     """One step with what is due before and after it."""
     config, step = parts.config, course.step
+    prune_if_due(parts, step, course.progress)
     if _is_due(step, config.evaluation.eval_every):
         _evaluate(parts, course)
     if _is_due(step, config.evaluation.probe_every):
@@ -171,6 +176,7 @@ def _step(parts: Assembly, course: Course) -> None:
     taken = take_step(parts, step)
     course.losses[step] = taken.loss
     note_bad_step(parts, step, taken, course.progress)
+    count_usage(parts, step, taken)
     course.stopped_by = respond(parts, step, taken, course.progress)
     if taken.update.taken:
         go_back_at_a_spike(parts, step, taken.loss, course.progress)

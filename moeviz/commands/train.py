@@ -34,7 +34,7 @@ ALIASES = {
 }
 """Spellings of other trainers, by what they are called here."""
 
-LISTS = ("--on-alert", "--freeze", "--train-only", "--alert-thresholds")
+LISTS = ("--on-alert", "--freeze", "--train-only", "--alert-thresholds", "--prune-experts")
 """Flags that take several values, and may be given several times."""
 
 _DESCRIPTION = """Train a Mixture-of-Experts language model.

@@ -1,0 +1,89 @@
+"""Removing experts that a run hardly uses, while it trains.
+
+What remains keeps its weights and its optimizer state. A run's records are of one shape, so the smaller model goes on
+in a folder of its own, RUN-N-experts, with the steps counted on; both folders say what was removed and why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from model.prune import Sources, least_used_removed
+from moeviz.errors import MoevizError
+from trainer.assembly import Assembly
+from trainer.checkpoint import save_checkpoint
+from trainer.engine_torch import TorchEngine
+from trainer.progress import Progress
+from trainer.restart import Restart
+from trainer.resume import CHECKPOINTS
+from trainer.saving import save
+from trainer.standing import Standing
+from trainer.step import StepTaken
+
+
+def count_usage(parts: Assembly, step: int, taken: StepTaken) -> None:
+    """Add a step's assignments to the usage that the next pruning goes by."""
+    prune, standing = parts.config.prune, parts.standing
+    if not any(step < due <= step + prune.prune_window for due in prune.plan):
+        return
+    counts = taken.counts_LE.cpu()
+    standing.usage = (counts + torch.tensor(standing.usage or 0)).tolist()
+
+
+def prune_if_due(parts: Assembly, step: int, progress: Progress) -> None:
+    """Before step `step`: leave for a smaller model where the plan says so.
+
+    Raises:
+        Restart: training goes on with it.
+        MoevizError: the smaller model is not possible, or its folder holds a run.
+    """
+    wanted = parts.config.prune.plan.get(step)
+    if wanted is None or parts.engine.module.config.num_experts <= wanted or not parts.standing.usage:
+        return
+    assert isinstance(parts.engine, TorchEngine)
+    usage_LE = torch.tensor(parts.standing.usage)
+    sources = least_used_removed(usage_LE, wanted)
+    run = parts.run.with_name(f"{parts.run.name}-{wanted}-experts")
+    if (run / CHECKPOINTS).exists():
+        raise MoevizError(f"{run} already holds a run, and step {step} prunes into it; move it away")
+    told = _told(sources, usage_LE)
+    save(parts, step)
+    parts.recorder.event("pruned", step=step, goes_on_in=str(run), **told)
+    progress.note(f"step {step}: {wanted} of {usage_LE.shape[1]} experts are kept; the run goes on in {run}")
+    raise Restart(_small_checkpoint(parts, step, sources, run), _nothing, _event(parts, told), ends_run=True)
+
+
+def _small_checkpoint(parts: Assembly, step: int, sources: Sources, run: Path) -> Path:
+    """The first checkpoint of the run that goes on."""
+    assert isinstance(parts.engine, TorchEngine)
+    config = replace(parts.config, run=run)
+    try:
+        engine = parts.engine.with_experts(sources, config)
+    except ValueError as error:
+        raise MoevizError(f"experts cannot be pruned at step {step}: {error}") from error
+    standing = replace(parts.standing, usage=[], responded={}, best_loss=None, best_step=None)
+    return save_checkpoint(
+        run / CHECKPOINTS, step=step, config=config, engine=engine, text=parts.text, standing=standing
+    )
+
+
+def _told(sources: Sources, usage_LE: torch.Tensor) -> dict[str, object]:
+    experts = range(usage_LE.shape[1])
+    return {
+        "kept": [list(row) for row in sources],
+        "removed": [[expert for expert in experts if expert not in row] for row in sources],
+        "share_of_assignments": [
+            [round(float(value), 5) for value in row] for row in usage_LE / usage_LE.sum(dim=1, keepdim=True)
+        ],
+    }
+
+
+def _event(parts: Assembly, told: dict[str, object]) -> dict[str, object]:
+    return {"kind": "pruned", "came_from": str(parts.run), **told}
+
+
+def _nothing(standing: Standing) -> None:
+    """The checkpoint says all."""
