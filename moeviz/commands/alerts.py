@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,10 @@ class AlertsArguments:
     """Pause between two looks at the run (with --follow)."""
     json: bool = False
     """Print JSON instead of text; with --follow JSON Lines, one transition a line."""
+    rules: bool = False
+    """Print the rules instead: with the thresholds of the run when one is named, else the defaults."""
+    markdown: bool = False
+    """With --rules: print the documentation page (docs/alerts.md)."""
 
 
 def main(argv: list[str]) -> int:
@@ -47,6 +51,9 @@ def main(argv: list[str]) -> int:
     )
     if arguments.poll_seconds <= 0:
         raise MoevizError(f"poll_seconds={arguments.poll_seconds} is not positive; 1 is usual")
+    if arguments.rules or arguments.markdown:
+        _print_rules(arguments)
+        return 0
     from moeviz.store.catalog import resolve_run
     from moeviz.store.reader import open_run
 
@@ -58,6 +65,44 @@ def main(argv: list[str]) -> int:
             return _farewell(store)
         _list(store, arguments)
     return 0
+
+
+def _print_rules(arguments: AlertsArguments) -> None:
+    from moeviz.alerts import RULES, AlertConfig
+    from moeviz.alerts.conditions import condition_of
+    from moeviz.alerts.page import markdown_page, severity_of
+    from moeviz.store.catalog import resolve_run
+    from moeviz.store.run import read_info
+
+    if not arguments.rules:
+        raise MoevizError("--markdown prints the page of the rules; give --rules with it")
+    stored = {} if arguments.run is None else read_info(resolve_run(arguments.run)).config.get("alert_rules")
+    config = AlertConfig.from_dict(stored if isinstance(stored, Mapping) else {})
+    if arguments.markdown:
+        sys.stdout.write(markdown_page(config))
+        return
+    rows = [
+        (rule, condition_of(rule.id, config)) for rule in RULES if config.circulating or not rule.circulating
+    ]
+    if arguments.json:
+        facts = [
+            {"rule": rule.id, "version": rule.version, "severity": rule.severity, **condition._asdict()}
+            for rule, condition in rows
+        ]
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for rule, condition in rows:
+        console.print(Text.assemble((rule.id, "bold"), f"  {severity_of(rule)}"))
+        for label, text in (
+            ("raised", condition.raises),
+            ("cleared", condition.clears),
+            ("remedy", rule.remedy),
+        ):
+            console.print(Text.assemble((f"  {label:<8}", "dim"), text))
 
 
 def _farewell(store: Store) -> int:
