@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from moeviz.alerts.conditions import GENERAL, condition_of, thresholds_of
@@ -27,8 +28,8 @@ moeviz alerts RUN --rules               # the rules with the thresholds of this 
 moeviz snapshot RUN --around 1200 --window 50   # what was true around a step: scalars, worst layers, alerts, events
 ```
 
-`--follow` ends with the run. A run that was killed never says that it ended: when it is silent for twenty times its usual
-step (two minutes at least) it is presumed dead, a line says so, and the exit status is 1.
+`--follow` ends with the run. A run that was killed never says that it ended: when it is silent for twenty times its
+usual step (two minutes at least) it is presumed dead, a line says so, and the exit status is 1.
 
 In SQL: `moeviz query RUN "SELECT * FROM alerts"`. The dashboards and `moeviz tui` show the same alerts. A rule that is
 open in more than half of the layers is told as one line.
@@ -72,6 +73,9 @@ In your own loop: `moeviz.watch(model, run, alerts=AlertConfig(starved_cap=0.3))
 (`config.alert_rules` of run.json), each alert with the version of its rule, and a resumed run goes on with its own.
 Load rules watch the training mixture only: one domain alone looks like collapse, because experts specialise."""
 
+_FIELD = re.compile(r"\{[^}]*\}")
+"""What an alert fills in."""
+
 
 def markdown_page(config: AlertConfig | None = None) -> str:
     """The page, ending with a line end. `config`: thresholds to state; the defaults by default."""
@@ -113,11 +117,12 @@ def _entry(rule: Rule, config: AlertConfig) -> Iterator[str]:
     names = thresholds_of(rule.id)
     if names:
         yield f"- thresholds: {', '.join(f'`{name}`' for name in names)}"
-    yield f"- remedy: {rule.remedy}"
+    yield f"- remedy: {_FIELD.sub('…', rule.remedy)}"
     yield ""
 
 
 def severity_of(rule: Rule) -> str:
     """Severity in words: with its escalation, and whether the start of a run caps it."""
     then = f", then {rule.escalated}" if rule.escalated else ""
-    return rule.severity + then + (" (warning while a run starts)" if rule.startup_capped else "")
+    capped = rule.startup_capped and (rule.escalated or rule.severity) != "warning"
+    return rule.severity + then + (" (warning at most while a run starts)" if capped else "")
