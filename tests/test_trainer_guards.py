@@ -55,13 +55,20 @@ def weights_of(result: TrainResult) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
+    ("engine", "stage", "dtype"),
+    [
+        ("torch", 0, "fp32"),
+        ("deepspeed", 0, "fp32"),
+        ("deepspeed", 1, "bf16"),
+        ("deepspeed", 2, "fp32"),
+        ("deepspeed", 3, "fp32"),
+    ],
 )
 def test_a_step_with_a_gradient_that_is_no_number_changes_nothing(
-    engine: str, stage: int, poison: set[int], tmp_path: Path
+    engine: str, stage: int, dtype: str, poison: set[int], tmp_path: Path
 ) -> None:
     pytest.importorskip(engine, reason="DeepSpeed is not installed")
-    parts = {"engine": engine, "zero_stage": stage}
+    parts = {"engine": engine, "zero_stage": stage, "dtype": dtype}
     poison.add(2)
     two = train(toy(tmp_path / "two", engine=parts, max_steps=2, evaluation={"eval_every": 0}))
     config = toy(tmp_path / "run", engine=parts, checkpoint={"save_every": 3}, evaluation={"eval_every": 0})

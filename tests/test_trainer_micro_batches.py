@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from trainer_runs import TOY, StopAfter, corpus_cache, no_packing, toy
 
 from model.lm import MoELanguageModel
@@ -160,6 +161,70 @@ def test_recomputing_activations_changes_no_bit(auto_batch: bool, tmp_path: Path
     plain = train(toy(tmp_path / "plain", model=noisy, engine=parts, **QUIET))
     config = toy(tmp_path / "again", model=noisy, engine={**parts, "gradient_checkpointing": True}, **QUIET)
     assert train(config).losses == plain.losses
+
+
+def test_losses_that_look_further_get_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The global balance loss sees the counts of the micro-batches before it, the contrastive one sees domains."""
+    router = replace(TOY.model.router, balance_scope="global", orthogonality=True)
+    heads = replace(TOY.model.heads, contrastive_width=8)
+    seen: list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
+    honest = MoELanguageModel.forward
+
+    def forward(
+        self: Any, input_ids_BS: torch.Tensor, labels_BS: torch.Tensor | None = None, **more: Any
+    ) -> Any:
+        output = honest(self, input_ids_BS, labels_BS, **more)
+        seen.append(
+            (more.get("counts_so_far_LE"), more["sequence_labels_B"], output.expert_counts_LE.clone())
+        )
+        assert {"balance", "orthogonality", "contrastive"} <= output.aux.keys()
+        return output
+
+    monkeypatch.setattr(MoELanguageModel, "forward", forward)
+    model = replace(TOY.model, router=router, heads=heads)
+    config = toy(tmp_path / "run", model=model, max_steps=1, balance={"balance": "aux"}, **QUIET)
+    train(config)
+    (before, labels, counts), (so_far, _, _) = seen
+    assert before is None
+    assert so_far is not None
+    assert torch.equal(so_far, counts)
+    batches = open_text(config, quiet=True).batches
+    names = [batches.domains[label] for label in labels.tolist()]
+    assert tuple(names) == batches.batch(0).domains
+
+
+def test_simbal_brings_the_rows_of_a_router_closer_to_orthonormal(tmp_path: Path) -> None:
+    model = replace(TOY.model, router=replace(TOY.model.router, orthogonality=True))
+    gaps = []
+    for coefficient in (0.0, 1.0):
+        config = toy(
+            tmp_path / str(coefficient),
+            model=model,
+            balance={"balance": "none", "z_coef": 0.0, "orthogonality_coef": coefficient},
+            **QUIET,
+        )
+        checkpoint = train(config).checkpoint
+        assert checkpoint is not None
+        weight_ED = load_file(checkpoint / "model.safetensors")["model.layers.0.mlp.gate.weight"]
+        gaps.append(float((weight_ED @ weight_ED.T - torch.eye(4)).abs().sum()))
+    assert gaps[1] < gaps[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_that_runs_out_of_memory_is_fitted(tmp_path: Path) -> None:
+    """With a sliver of the device's memory a large batch is cut until it fits, and the losses are those of halves."""
+    sliver = 64 * 2**20 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(sliver)
+    try:
+        options: dict[str, Any] = {"data": {"batch_size": 512, "gradient_accumulation_steps": 1}, **QUIET}
+        config = toy(tmp_path / "run", engine={"auto_batch": True, "device": "cuda"}, max_steps=2, **options)
+        result = train(config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    assert result.steps_done == 2
+    assert "largest that fits" in events_of(tmp_path / "run", "micro_batch")[0]
 
 
 def test_a_container_grants_less_than_the_machine_has(tmp_path: Path) -> None:
