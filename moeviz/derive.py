@@ -16,12 +16,13 @@ from typing import Protocol
 
 import numpy as np
 
-from moeviz.alerts import AlertConfig, ProbeDetector, RouterDetector, RunPlan, ScalarDetector
+from moeviz.alerts import AlertConfig, LatentDetector, ProbeDetector, RouterDetector, RunPlan, ScalarDetector
 from moeviz.alerts.scalars import WATCHED
 from moeviz.metrics import layer_shapes, live_metrics, load
 from moeviz.probe_history import ProbeHistory
 from moeviz.records import (
     AlertRecord,
+    LatentRecord,
     LoadRecord,
     MetricRecord,
     ModelInfo,
@@ -57,7 +58,7 @@ class AccumulatedLoad:
 
 
 class DeriveSink:
-    """Derives a MetricRecord and AlertRecords from LoadRecords and ProbeRecords, AlertRecords from ScalarRecords."""
+    """Derives metrics and alerts from LoadRecords and ProbeRecords, alerts from ScalarRecords and LatentRecords."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class DeriveSink:
         self._routers = RouterDetector(info, config, plan)
         self._scalars = ScalarDetector(config, plan)
         self._probe = ProbeDetector(config)
+        self._latents = LatentDetector(config)
         self._probed = ProbeHistory(info, self._probe.config.head_entropy)
         self._global_window = global_window
         self._accumulated = AccumulatedLoad(global_window)
@@ -96,7 +98,7 @@ class DeriveSink:
     @property
     def open_alerts(self) -> tuple[AlertRecord, ...]:
         """Latest state of every open episode."""
-        detectors = (self._routers, self._scalars, self._probe)
+        detectors = (self._routers, self._scalars, self._probe, self._latents)
         return tuple(alert for detector in detectors for alert in detector.episodes.open_alerts)
 
     def write(self, record: Record) -> None:
@@ -129,6 +131,7 @@ class DeriveSink:
         self._routers.restore(alerts)
         self._scalars.restore(alerts)
         self._probe.restore(alerts)
+        self._latents.restore(alerts)
         self._announced = {alert.episode: alert.severity for alert in self.open_alerts}
 
     def _derive(self, record: Record) -> list[Record]:
@@ -139,6 +142,8 @@ class DeriveSink:
                 return [*self._rewound(record, self._scalars), *self._scalars.observe(record)]
             if isinstance(record, ProbeRecord):
                 return self._from_probe(record)
+            if isinstance(record, LatentRecord):
+                return [*self._rewound(record, self._latents), *self._latents.observe(record)]
         except Exception:
             self.failures += 1
             if self.failures == 1:
@@ -166,7 +171,7 @@ class DeriveSink:
         return [found, *alerts, *self._probe.observe(record, found)]
 
     def _rewound(
-        self, record: LoadRecord | ScalarRecord | ProbeRecord, detector: _Detector
+        self, record: LoadRecord | ScalarRecord | ProbeRecord | LatentRecord, detector: _Detector
     ) -> list[AlertRecord]:
         """Close what belongs to steps that training went back behind (a checkpoint was loaded)."""
         if isinstance(record, ScalarRecord) and not WATCHED & record.values.keys():

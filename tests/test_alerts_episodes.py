@@ -160,6 +160,8 @@ def test_rules_are_complete_and_their_words_use_known_facts() -> None:
         "usual",
         "where",
         "what",
+        "block",
+        "blocks",
         "heads",
         "total",
         "named",

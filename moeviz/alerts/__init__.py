@@ -1,13 +1,14 @@
 """Collapse detection: rules over smoothed, noise-aware loads, one alert per episode.
 
-`RouterDetector`, `ScalarDetector` and `ProbeDetector` turn records into AlertRecords; `RULES` says what each means;
-`AlertConfig` holds every threshold; `latest` and `grouped` order them for readers; `Notifier`
+`RouterDetector`, `ScalarDetector`, `ProbeDetector` and `LatentDetector` turn records into AlertRecords; `RULES` says
+what each means; `AlertConfig` holds every threshold; `latest` and `grouped` order them for readers; `Notifier`
 tells them to a `Command` or a `Webhook`.
 """
 
 from moeviz.alerts.config import RULE_VERSION, AlertConfig, RunPlan
 from moeviz.alerts.detector import RouterDetector
 from moeviz.alerts.grouping import AlertGroup, alert_line, grouped, latest
+from moeviz.alerts.latent_detector import LatentDetector
 from moeviz.alerts.notify import Command, Notifier, Webhook
 from moeviz.alerts.probe_detector import ProbeDetector
 from moeviz.alerts.rules import RULES, SEVERITIES, Rule, rule
@@ -20,6 +21,7 @@ __all__ = [
     "AlertConfig",
     "AlertGroup",
     "Command",
+    "LatentDetector",
     "Notifier",
     "ProbeDetector",
     "RouterDetector",

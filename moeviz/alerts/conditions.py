@@ -102,6 +102,11 @@ CONDITIONS: dict[str, Condition] = {
         "more than a share of {head_share} of the heads has an attention entropy < {head_entropy} on the fixed probe",
         "less than {head_clear_share}",
     ),
+    "LATENT_DEAD": Condition(
+        "a share of more than {latent_unused} of the directions of an MLA latent, or of {slots_dead} of the slots of a "
+        "key head, is not used, in any block",
+        "less than {latent_unused_clear} and {slots_dead_clear} in all blocks",
+    ),
     "FIVE_PERCENT": Condition(
         "an expert under {circulating_share} of one step's assignments, in layers of {circulating_experts} experts",
         _LOAD + "not so",

@@ -139,6 +139,13 @@ class AlertConfig:
     head_clear_share: float = 0.4
     """... and the share of all heads."""
 
+    latent_unused: float = 0.9
+    latent_unused_clear: float = 0.88
+    """LATENT_DEAD: 1 - `latent_util` of an MLA block ..."""
+    slots_dead: float = 0.25
+    slots_dead_clear: float = 0.2
+    """... and share of `slot_dead` among the slots of a two-stage one."""
+
     circulating: bool = False
     """Also judge by rules that many repeat and nobody has a source for (`Rule.circulating`)."""
     circulating_experts: int = 8

@@ -19,7 +19,7 @@ from moeviz.alerts.facts import experts_of, layer_facts
 from moeviz.alerts.latch import Latch
 from moeviz.alerts.load_rules import Reading, load_readings, look
 from moeviz.alerts.router_rules import RouterRules
-from moeviz.alerts.rules import PROBE_RULES, rule
+from moeviz.alerts.rules import LATENT_RULES, PROBE_RULES, rule
 from moeviz.alerts.statistics import LoadStatistics
 from moeviz.metrics import layer_shapes, live_metrics, losses
 from moeviz.records import AlertRecord, LoadRecord, ModelInfo
@@ -78,7 +78,9 @@ class RouterDetector:
     def restore(self, alerts: Iterable[AlertRecord]) -> None:
         """Adopt the open router episodes of an earlier attempt, so that they can be updated and cleared."""
         self.episodes.restore(
-            alert for alert in alerts if alert.layer is not None and alert.rule not in PROBE_RULES
+            alert
+            for alert in alerts
+            if alert.layer is not None and alert.rule not in PROBE_RULES | LATENT_RULES
         )
         if self._latch is not None:
             # What holds now and was not open then is raised by the next record in which it holds.

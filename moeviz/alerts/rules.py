@@ -213,6 +213,16 @@ RULES: tuple[Rule, ...] = (
         "(qk_norm), add weight decay to their projections.",
     ),
     Rule(
+        id="LATENT_DEAD",
+        title="Latents hardly used",
+        severity="info",
+        watches="share of a block's latent directions, or slots, that is not used",
+        message="Attention block {block} leaves {value:.0%} of its latents unused (alert line {threshold:.0%}); blocks "
+        "over the line: {blocks}.",
+        remedy="A narrower latent or fewer slots would do: see the Latents page for which. With fewer than ten tokens "
+        "for each number the rank looks low: raise --latent-tokens first.",
+    ),
+    Rule(
         id="FIVE_PERCENT",
         title="Expert under 5 % (rule in circulation)",
         severity="warning",
@@ -270,6 +280,8 @@ RULES: tuple[Rule, ...] = (
 )
 PROBE_RULES = frozenset({"PROBE_CHURN", "EXPERTS_ALIKE", "ATTENTION_COLLAPSED"})
 """Rules that are judged on passes over the fixed probe, not on training steps."""
+LATENT_RULES = frozenset({"LATENT_DEAD"})
+"""Rules that are judged where latents are recorded."""
 _BY_ID = {rule.id: rule for rule in RULES}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from moeviz.alerts.circulating import Circulating
 from moeviz.alerts.config import AlertConfig, RunPlan
 from moeviz.alerts.episodes import Episodes, Finding
-from moeviz.alerts.rules import PROBE_RULES
+from moeviz.alerts.rules import LATENT_RULES, PROBE_RULES
 from moeviz.alerts.scalar_rules import Divergence, Explosion, Judgement, Spike
 from moeviz.records import AlertRecord, ScalarRecord
 
@@ -104,7 +104,7 @@ class ScalarDetector:
     def restore(self, alerts: Iterable[AlertRecord]) -> None:
         """Adopt the open run-level episodes of an earlier attempt, to be updated and cleared here."""
         self.episodes.restore(
-            alert for alert in alerts if alert.layer is None and alert.rule not in PROBE_RULES
+            alert for alert in alerts if alert.layer is None and alert.rule not in PROBE_RULES | LATENT_RULES
         )
 
     def rewind(self, step: int, last_step: int) -> list[AlertRecord]:
