@@ -1,29 +1,37 @@
 """What recording costs training: the same steps without it, with loads only, by default, and with everything.
 
-All modes run in one process on equal copies of a model, in turns, so that a busy machine slows all alike:
-compare the ratios. A turn ends with a flush; the processor time of a turn holds the writer's share.
+All modes run in one process on equal copies of a model, in turns of random order on the same batches, so that a
+busy machine slows all alike: compare the ratios. A ratio is taken within each round, and its median stands with a
+95 % interval (of the order statistics: no assumption about noise). A turn ends with a flush that counts towards its
+time and its processor time, so nothing that a mode causes happens in the turn of another one.
 
-    python benchmarks/capture.py --rounds 20 --out capture.json
+    python benchmarks/capture.py --minutes 20 --out capture.json       all models, types and engines
+    python benchmarks/capture.py --models 24x64 --dtypes fp32 --engines torch --minutes 2
+
+What was measured when it is cut short (Ctrl-C) is printed and in the JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import logging
+import math
+import os
 import random
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_report import Bar, machine, publish
+from bench_report import Bar, machine, publish, save
 
 import moeviz
 from model.config import ModelConfig
@@ -31,14 +39,17 @@ from model.lm import MoELanguageModel
 from model.presets import PRESETS
 from moeviz.capture.probe import Probe
 from moeviz.policy import EVERYTHING, SamplingPolicy
+from trainer.config import EngineConfig, InputConfig, TrainConfig
+from trainer.engine import Engine, build_engine
 
 POLICIES: dict[str, SamplingPolicy | None] = {
     "none": None,
-    "loads": SamplingPolicy(route_every=0, attention_every=0),
+    "loads": SamplingPolicy(route_every=0, attention_every=0, latent_every=0),
     "default": SamplingPolicy(),
     "everything": EVERYTHING,
 }
 STEP_BARS = {"default": 1.01, "everything": 1.05}
+_TITLE = "capture: what recording costs a training step"
 
 
 def deep() -> ModelConfig:
@@ -56,44 +67,41 @@ class Lane:
     """One mode of recording with its own copy of the model, and what its turns took."""
 
     mode: str
-    model: MoELanguageModel
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     probe: Probe | None
-    step_seconds: list[list[float]] = field(default_factory=list)
-    """By turn."""
+    seconds: list[float] = field(default_factory=list)
+    """Per step, by turn."""
     cpu_seconds: list[float] = field(default_factory=list)
     """Per step, of the whole process with its children, by turn."""
     blocked_seconds: list[float] = field(default_factory=list)
+    """Of each call of `Probe.step`."""
+    watched_seconds: list[float] = field(default_factory=list)
+    """Per step, of the training thread in hooks on the root and in `Probe.step`, by turn."""
     losses: list[float] = field(default_factory=list)
 
-    def turn(self, batches: Sequence[torch.Tensor], dtype: torch.dtype, keep: bool) -> None:
+    def turn(self, batches: Sequence[torch.Tensor], keep: bool) -> None:
         """Train on `batches`, then flush; `keep` the times."""
-        steps, cpu_begin = [], _cpu_seconds()
+        begin, cpu_begin = time.perf_counter(), _cpu_seconds()
+        watched = self.probe.seconds if self.probe is not None else 0.0
         for ids_BS in batches:
-            begin = time.perf_counter()
-            loss = self._train(ids_BS, dtype)
+            loss = self.engine.forward(ids_BS, ids_BS.roll(-1, 1)).ce
+            assert loss is not None
+            self.engine.backward(loss)
+            self.engine.step(1e-3)
+            loss = loss.detach()
             if self.probe is not None:
                 before = time.perf_counter()
                 self.probe.step(loss=loss)
                 if keep:
                     self.blocked_seconds.append(time.perf_counter() - before)
-            steps.append(time.perf_counter() - begin)
             self.losses.append(float(loss))
         if self.probe is not None:
             self.probe.flush()
         if keep:
-            self.step_seconds.append(steps)
+            self.seconds.append((time.perf_counter() - begin) / len(batches))
             self.cpu_seconds.append((_cpu_seconds() - cpu_begin) / len(batches))
-
-    def _train(self, ids_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        low = torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext()
-        with low:
-            loss = self.model(ids_BS, ids_BS.roll(-1, 1)).ce
-        assert loss is not None
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
+            now = self.probe.seconds if self.probe is not None else 0.0
+            self.watched_seconds.append((now - watched) / len(batches))
 
 
 def _cpu_seconds() -> float:
@@ -102,101 +110,155 @@ def _cpu_seconds() -> float:
 
 
 @contextmanager
-def _lanes(config: ModelConfig, folder: Path) -> Iterator[list[Lane]]:
+def _lanes(config: TrainConfig, folder: Path) -> Iterator[list[Lane]]:
     torch.manual_seed(0)
-    first = MoELanguageModel(config).train()
+    first = MoELanguageModel(config.model).train()
     with ExitStack() as stack:
         lanes = []
         for mode, policy in POLICIES.items():
-            model = copy.deepcopy(first)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            engine = build_engine(copy.deepcopy(first), config)
+            stack.callback(engine.destroy)
             probe = None
             if policy is not None:
-                probe = moeviz.watch(model, folder / mode, policy=policy, pack=False)
+                probe = moeviz.watch(engine.module, folder / mode, policy=policy, pack=False)
                 stack.callback(probe.close)
-            lanes.append(Lane(mode, model, optimizer, probe))
+            lanes.append(Lane(mode, engine, probe))
         yield lanes
 
 
-def measure(name: str, dtype: torch.dtype, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row of numbers for each mode."""
-    config = MODELS[name]()
-    shape = (options.batch, options.length)
-    order, deadline = random.Random(0), time.monotonic() + options.seconds
+@dataclass(frozen=True)
+class Case:
+    """What is trained."""
+
+    model: str
+    dtype: str
+    engine: str
+
+    def config(self, options: argparse.Namespace) -> TrainConfig:
+        return TrainConfig(
+            model=MODELS[self.model](),
+            data=InputConfig(seq_len=options.length, batch_size=options.batch, gradient_accumulation_steps=1),
+            engine=EngineConfig(engine=self.engine, dtype=self.dtype, device="cpu"),  # type: ignore[arg-type]
+        )
+
+
+def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator[list[dict[str, Any]]]:
+    """A row of numbers for each mode, anew after each round until `seconds` are over."""
+    config, deadline = case.config(options), time.monotonic() + seconds
+    shape, order = (options.batch, options.length), random.Random(0)
+    generator = torch.Generator().manual_seed(1)
     with tempfile.TemporaryDirectory() as folder, _lanes(config, Path(folder)) as lanes:
-        for index in range(options.rounds + 1):  # the first round warms up
-            batches = [torch.randint(config.vocab_size, shape) for _ in range(options.steps)]
+
+        def turns(steps: int, keep: bool) -> None:
+            batches = [
+                torch.randint(config.model.vocab_size, shape, generator=generator) for _ in range(steps)
+            ]
             for lane in order.sample(lanes, len(lanes)):
-                lane.turn(batches, dtype, keep=index > 0)
-            if index > 0 and time.monotonic() > deadline:
-                break
-        same = all(lane.losses == lanes[0].losses for lane in lanes)
-        return [_row(name, dtype, lane, lanes[0], same) for lane in lanes]
+                lane.turn(batches, keep)
+
+        turns(2, keep=False)
+        began = time.perf_counter()
+        turns(2, keep=False)
+        step_seconds = (time.perf_counter() - began) / (2 * len(lanes))
+        steps = max(2, math.ceil(options.turn_seconds / step_seconds))
+        for number in itertools.count(1):
+            turns(steps, keep=True)
+            same = all(lane.losses == lanes[0].losses for lane in lanes)
+            yield [_row(case, lane, lanes[0], steps, same) for lane in lanes]
+            if time.monotonic() > deadline and number >= options.rounds:
+                return
 
 
-def _row(name: str, dtype: torch.dtype, lane: Lane, none: Lane, same: bool) -> dict[str, Any]:
-    turns = np.mean(lane.step_seconds, axis=1) / np.mean(none.step_seconds, axis=1)
-    cpu = np.divide(lane.cpu_seconds, none.cpu_seconds)
+def _row(case: Case, lane: Lane, none: Lane, steps: int, same: bool) -> dict[str, Any]:
+    step, cpu = np.divide(lane.seconds, none.seconds), np.divide(lane.cpu_seconds, none.cpu_seconds)
     blocked_ms = 1e3 * np.asarray(lane.blocked_seconds or [0.0])
     return {
-        "model": name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "model": case.model,
+        "dtype": case.dtype,
+        "engine": case.engine,
         "mode": lane.mode,
-        "step ms": 1e3 * float(np.median(lane.step_seconds)),
-        "x none": float(np.median(turns)),
-        "quartiles": f"{np.quantile(turns, 0.25):.3f}..{np.quantile(turns, 0.75):.3f}",
+        "step ms": 1e3 * float(np.median(lane.seconds)),
+        "x none": float(np.median(step)),
+        "95 %": _interval(step),
         "cpu ms": 1e3 * float(np.median(lane.cpu_seconds)),
-        "cpu x none": float(np.median(cpu)),
+        "cpu x": float(np.median(cpu)),
+        "cpu 95 %": _interval(cpu),
+        "hooks ms": 1e3 * float(np.median(lane.watched_seconds)),
         "step() ms": float(np.median(blocked_ms)),
-        "step() p99 ms": float(np.quantile(blocked_ms, 0.99)),
-        "turns": len(turns),
-        "same losses": "yes" if same else "NO",
+        "step() p99": float(np.quantile(blocked_ms, 0.99)),
+        "rounds": len(step),
+        "steps": steps * len(step),
+        "same": "yes" if same else "NO",
     }
+
+
+def _interval(ratios: np.ndarray) -> str:
+    """The order statistics between which the true median lies with 95 %; smallest and largest of fewer than six."""
+    ordered, n = np.sort(ratios), len(ratios)
+    below, outside = -1, 0.0
+    while outside + math.comb(n, below + 1) / 2**n <= 0.025:
+        below += 1
+        outside += math.comb(n, below) / 2**n
+    low, high = (below, n - 1 - below) if below >= 0 else (0, n - 1)
+    return f"{ordered[low]:.3f}..{ordered[high]:.3f}"
 
 
 def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
     bars = []
     for row in rows:
-        label = f"{row['model']} {row['dtype']} {row['mode']}"
+        label = f"{row['model']} {row['dtype']} {row['engine']} {row['mode']}"
         if row["mode"] in STEP_BARS:
             bar = STEP_BARS[row["mode"]]
             bars.append(Bar(what=f"{label}: step time", value=row["x none"], at_most=bar, unit="x"))
         if row["mode"] == "loads" and row["model"] == "24x64":
             bars.append(Bar(what=f"{label}: step(), median", value=row["step() ms"], at_most=0.05, unit="ms"))
-            bars.append(Bar(what=f"{label}: step(), p99", value=row["step() p99 ms"], at_most=1, unit="ms"))
+            bars.append(Bar(what=f"{label}: step(), p99", value=row["step() p99"], at_most=1, unit="ms"))
     return bars
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
-    )
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each mode (default 20)")
-    parser.add_argument("--steps", type=int, default=10, help="steps a turn (default 10)")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=600,
-        help="begin no further round of a model after these (default 600)",
-    )
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step (default 8)")
-    parser.add_argument("--length", type=int, default=128, help="tokens a sequence (default 128)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
-    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    add("--engines", nargs="+", choices=("torch", "deepspeed"), default=["torch", "deepspeed"])
+    add("--minutes", type=float, default=5.0, help="time for all cases together (default 5)")
+    add("--rounds", type=int, default=1, help="rounds of a case at least, also beyond its time (default 1)")
+    add("--turn-seconds", type=float, default=1.5, help="length of a turn (default 1.5: over a flush)")
+    add("--batch", type=int, default=8, help="sequences a step (default 8)")
+    add("--length", type=int, default=128, help="tokens a sequence (default 128)")
+    add("--threads", type=int, help="of torch (default: its own choice)")
+    add("--out", type=Path, help="write the numbers here as JSON, anew after each round")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
     logging.basicConfig(level=logging.WARNING)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
     before = machine()
-    rows = []
-    for name in options.models:
-        for dtype in options.dtypes:
-            rows += measure(name, getattr(torch, dtype), options)
-    publish("capture: what recording costs a training step", rows, bars_of(rows), before, options.out)
+    cases = [Case(*names) for names in itertools.product(options.models, options.dtypes, options.engines)]
+    done: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    try:
+        for case in cases:
+            rows = []
+            for rows in measure(case, options, 60 * options.minutes / len(cases)):
+                save(_TITLE, [*done, *rows], bars_of([*done, *rows]), before, options.out)
+                said = ", ".join(f"{row['mode']} {row['x none']:.3f}" for row in rows[1:])
+                print(
+                    f"{case.model} {case.dtype} {case.engine}, round {rows[0]['rounds']}: {said}", flush=True
+                )
+            done, rows = [*done, *rows], []
+    except KeyboardInterrupt:
+        print("cut short")
+    done += rows
+    if done:
+        publish(_TITLE, done, bars_of(done), before, options.out)
 
 
 if __name__ == "__main__":
