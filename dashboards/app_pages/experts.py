@@ -34,6 +34,23 @@ tokens = data.ask(
 )
 found = data.ask(picked.path, picked.step, "analysis", part="expert", layer=picked.layer)
 special = found.frame[(found.frame["unit"] == expert) & (found.frame["name"] == "domain_spec")]
+probed = data.ask(picked.path, picked.step, "probe_domains", layer=picked.layer, last=picked.step + 1)
+over_time = probed._replace(frame=probed.frame[probed.frame["expert"] == expert])
+
+
+def draw_domains(answer: data.Answer) -> None:
+    """What the expert takes of each domain of the fixed probe, over training."""
+    draw(
+        "Domains over training",
+        "Share of each domain's tokens that come here, in a fixed set of held-out text, over what shuffled domains "
+        "show: orange more, blue less, faint where chance explains it.",
+        plots.domain_time_map(answer.frame, theme=theme),
+        alt=f"Heat map of {answer.frame['domain'].nunique()} domains over steps.",
+        answer=answer,
+        key="domain_time_map",
+    )
+
+
 left, right = st.columns(2)
 with left:
     if tokens.frame.empty:
@@ -48,7 +65,9 @@ with left:
             key="token_lifts",
         )
 with right:
-    if special.empty:
+    if special.empty and not over_time.frame.empty:
+        draw_domains(over_time)
+    elif special.empty:
         empty("Domains need a probe with domain labels", "moeviz analyze RUN")
     else:
         draw(
@@ -60,6 +79,8 @@ with right:
             answer=found._replace(frame=special),
             key="domain_bars",
         )
+if not special.empty and not over_time.frame.empty:
+    draw_domains(over_time)
 draw_knockouts(found, picked.layer, expert, theme)
 history = data.ask(
     picked.path, picked.step, "load_over_time", layer=picked.layer, points=400, last=picked.step

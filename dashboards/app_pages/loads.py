@@ -56,6 +56,17 @@ draw(
     answer=history,
     key="load_time_map",
 )
+settled = data.ask(picked.path, picked.step, "probe_saturation", last=picked.step + 1)
+if settled.frame["step"].nunique() > 1:
+    draw(
+        "How settled its routing is",
+        "Share of the choices about a fixed set of held-out tokens that the newest weights make too. Steep near the "
+        "end: tokens still change experts. Orange: this layer; dashed: random routing.",
+        plots.saturation_curves(settled.frame, layer=picked.layer, theme=theme),
+        alt="Router saturation of every layer over steps.",
+        answer=settled,
+        key="saturation",
+    )
 one = pick_metric(data.metric_names(picked))
 if one is not None:
     series = data.until(

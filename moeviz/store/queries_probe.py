@@ -12,7 +12,10 @@ import numpy as np
 import pandas as pd
 
 from moeviz.metrics import change
+from moeviz.probe_history import ROUNDS, domain_counts
 from moeviz.store.reader import Store
+
+_DOMAIN_COLUMNS = ["step", "domain", "expert", "tokens", "share", "null_mean", "null_sd", "hidden"]
 
 
 class ProbePasses(NamedTuple):
@@ -119,32 +122,42 @@ def probe_saturation(store: Store, layer: int | None = None, last: int | None = 
 def probe_domains(store: Store, layer: int, last: int | None = None) -> pd.DataFrame:
     """What each expert takes of each domain of the probe, over training: OLMoE's domain specialisation.
 
-    Returns: step, domain, expert, tokens (of the domain), share (of them that use the expert; K/E at random);
-    ordered by step, domain (as in the probe) and expert. Empty without a probe, or where it names no domains.
+    Returns: step, domain, expert, tokens (of the domain), share (of them that use the expert; K/E at random), null_mean
+    and null_sd (of the share when labels move between whole sequences), hidden (chance explains it: within three
+    standard deviations); ordered by step, domain (as in the probe) and expert. Empty without a probe, or where it names
+    no domains.
     """
-    columns = ["step", "domain", "expert", "tokens", "share"]
     passes = probe_passes(store, layer, last)
     names = [] if passes is None else [name for name in dict.fromkeys(passes.domains) if name is not None]
     if passes is None or not names:
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame(columns=_DOMAIN_COLUMNS)
     num_experts = store.info.model.layers[layer].num_experts
-    place = {name: at for at, name in enumerate(names)}
-    domain_T = np.repeat([place.get(name or "", len(names)) for name in passes.domains], passes.lengths_N)
-    tokens_D = np.bincount(domain_T, minlength=len(names))[: len(names)]
     frames = []
     for step, ids_TK in zip(passes.steps, passes.ids_CTK, strict=True):
-        cells = domain_T[:, None] * num_experts + ids_TK
-        counts = np.bincount(cells.ravel(), minlength=(len(names) + 1) * num_experts)
-        share_DE = counts.reshape(-1, num_experts)[: len(names)] / tokens_D[:, None]
-        frames.append(
-            pd.DataFrame(
-                {
-                    "step": step,
-                    "domain": np.repeat(names, num_experts),
-                    "expert": np.tile(np.arange(num_experts), len(names)),
-                    "tokens": np.repeat(tokens_D, num_experts),
-                    "share": share_DE.ravel(),
-                }
-            )
-        )
+        _, counts_NE, domain_N = domain_counts(ids_TK, passes.lengths_N, passes.domains, num_experts)
+        length_N = counts_NE.sum(axis=1) // ids_TK.shape[1]
+        share_DE, null_RDE = _shares(counts_NE, length_N, domain_N)
+        mean_DE, sd_DE = null_RDE.mean(axis=0), null_RDE.std(axis=0)
+        values = {
+            "step": step,
+            "domain": np.repeat(names, num_experts),
+            "expert": np.tile(np.arange(num_experts), len(names)),
+            "tokens": np.repeat(np.bincount(domain_N, weights=length_N).astype(np.int64), num_experts),
+            "share": share_DE.ravel(),
+            "null_mean": mean_DE.ravel(),
+            "null_sd": sd_DE.ravel(),
+            "hidden": (abs(share_DE - mean_DE) < 3 * sd_DE).ravel(),
+        }
+        frames.append(pd.DataFrame(values, columns=_DOMAIN_COLUMNS))
     return pd.concat(frames, ignore_index=True)
+
+
+def _shares(
+    counts_NE: np.ndarray, length_N: np.ndarray, domain_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share of each domain's tokens by expert, [D, E], and the same with shuffled labels, [R, D, E]."""
+    rng = np.random.default_rng(0)
+    labels_RN = np.stack([domain_N, *(rng.permutation(domain_N) for _ in range(ROUNDS))])
+    member_RDN = np.eye(int(domain_N.max()) + 1)[labels_RN].swapaxes(1, 2)
+    share_RDE = (member_RDN @ counts_NE) / (member_RDN @ length_N)[:, :, None]
+    return share_RDE[0], share_RDE[1:]
