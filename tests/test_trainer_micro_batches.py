@@ -18,6 +18,7 @@ from moeviz.errors import MoevizError
 from moeviz.store import queries_series as queries
 from moeviz.store.reader import open_run
 from trainer.data_batches import Batch
+from trainer.engine import Engine, build_engine
 from trainer.micro_batches import cut, free_memory_bytes
 from trainer.text import open_text
 from trainer.train import TrainResult, train
@@ -241,3 +242,34 @@ def test_padded_text_keeps_its_domains() -> None:
     text = open_text(TOY, quiet=True)
     parts = cut([text.batches.batch(0, micro) for micro in range(2)], 3)
     assert [len(part.domains) for part in parts] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage"),
+    [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_discarded_leaves_no_trace(engine: str, stage: int, last: bool) -> None:
+    """A step begun in vain and begun anew is the step; its gradients are cleared whether it was complete or not."""
+    pytest.importorskip(engine, reason="DeepSpeed is not installed")
+    config = toy(Path("none"), engine={"engine": engine, "zero_stage": stage})
+    ids = torch.randint(0, 280, (4, 17), generator=torch.Generator().manual_seed(3))
+
+    def step_of(built: Engine) -> None:
+        for half, final in ((slice(0, 2), False), (slice(2, 4), True)):
+            built.backward(built.forward(ids[half, :-1], ids[half, 1:]).ce, share=0.5, last=final)  # type: ignore[arg-type]
+        assert built.step(1e-2).taken
+
+    results = []
+    for vain in (False, True):
+        torch.manual_seed(0)
+        built = build_engine(MoELanguageModel(config.model), config)
+        step_of(built)
+        if vain:
+            built.backward(100 * built.forward(ids[:1, :-1], ids[:1, 1:]).ce, last=last)  # type: ignore[operator]
+            built.discard()
+        step_of(built)
+        step_of(built)
+        results.append(built.weights())
+        built.destroy()
+    assert [name for name in results[0] if not torch.equal(results[0][name], results[1][name])] == []
