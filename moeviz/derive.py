@@ -168,7 +168,12 @@ class DeriveSink:
     def _from_probe(self, record: ProbeRecord) -> list[Record]:
         alerts = self._rewound(record, self._probe)
         found = self._probed.observe(record)
-        return [found, *alerts, *self._probe.observe(record, found)]
+        churn_L = found.values.get("churn", np.nan)
+        derived: list[Record] = [found, *alerts, *self._probe.observe(record, found)]
+        if np.isfinite(churn_L).any():
+            values = {"probe_churn": float(np.nanmean(churn_L))}
+            derived.append(ScalarRecord(step=record.step, rank=record.rank, ts=record.ts, values=values))
+        return derived
 
     def _rewound(
         self, record: LoadRecord | ScalarRecord | ProbeRecord | LatentRecord, detector: _Detector

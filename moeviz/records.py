@@ -168,6 +168,8 @@ class ProbeRecord:
     layer_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float32 [L] by name of the metric, what is not a function of the decisions alone: `probe_drift`, `router_cos`,
     `pes` ...; NaN where it is not known."""
+    ts: float = 0.0
+    """Seconds since the epoch at the pass."""
     head_entropy: Mapping[int, np.ndarray] = field(default_factory=dict)
     """float32 [H], 0 to 1, by transformer block: `attn_entropy` of every head."""
 

@@ -17,6 +17,7 @@ from moeviz.records import (
     ModelInfo,
     ProbeRecord,
     Record,
+    ScalarRecord,
     SequenceRecord,
     TokenRoutingRecord,
 )
@@ -191,6 +192,13 @@ def test_passes_are_derived_beside_the_loads_and_leave_them_alone() -> None:
     assert loads(with_probe) == loads(without)
     churned = [r.step for r in with_probe.records if isinstance(r, MetricRecord) and "churn" in r.values]
     assert churned == [1, 2, 3, 4, 5]
+    told = {r.step: r.values["probe_churn"] for r in with_probe.records if isinstance(r, ScalarRecord)}
+    by_layer = {
+        r.step: np.mean(r.values["churn"])
+        for r in with_probe.records
+        if isinstance(r, MetricRecord) and "churn" in r.values
+    }
+    assert told == by_layer, "one number for whoever looks at numbers of the run"
     assert one.failures == 0
 
 

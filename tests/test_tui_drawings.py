@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from tui_fakes import FakeArchive, SyntheticRun
 
 from moeviz.colors import load_ramp, rgb_to_hex
-from moeviz.live import Snapshot
+from moeviz.live import Series, Snapshot
 from tui import quantities
 from tui.drawings.alert_list import draw_alert_detail, draw_alert_list, draw_alert_table
 from tui.drawings.entropy_rows import draw_entropy_rows
@@ -498,3 +498,13 @@ def test_tabs_name_every_screen_even_when_narrow() -> None:
     tabs = (("a", "1", "Overview"), ("b", "2", "Layer"), ("c", "3", "Tokens"))
     assert "Overview" in text_of([draw_tabs(tabs, "a", Ink(), 34)])
     assert "3 Toke" in text_of([draw_tabs(tabs, "a", Ink(), 34)])
+
+
+def test_churn_of_the_probe_is_a_number_of_now_where_there_is_one(small: SyntheticRun) -> None:
+    scene = scene_of(small)
+    assert "probe churn" not in text_of(draw_now_panel(scene, Ink(), 76, 20).rows)
+    churn = Series(steps=np.array([100, 200]), values=np.array([0.4, 0.125]))
+    scalars = {**scene.snapshot.scalars, "probe_churn": churn}
+    probed = replace(scene, snapshot=replace(scene.snapshot, scalars=scalars))
+    lines = text_of(draw_now_panel(probed, Ink(), 76, 20).rows).splitlines()
+    assert [line.split()[:4] for line in lines if "probe churn" in line] == [["probe", "churn", "12", "%"]]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -140,6 +141,7 @@ class ProbePass:
     groups: Sequence[Sequence[int]]
     value_names: Sequence[str]
     blocks: Sequence[int]
+    ts: float
     droppable: bool = field(default=False, init=False)
 
     @property
@@ -183,6 +185,7 @@ class ProbePass:
             ),
             routings=tuple(routings),
             layer_values={name: arrays[f"values/{name}"] for name in self.value_names},
+            ts=self.ts,
             head_entropy={block: arrays[f"heads/{block}"] for block in self.blocks},
         )
 
@@ -269,6 +272,7 @@ class FixedProbe:
             groups=[group.layers for group in self._groups],
             value_names=tuple(values),
             blocks=tuple(blocks),
+            ts=time.time(),
         )
 
     def _joined(self, watch: RouterWatch) -> Reading:

@@ -116,6 +116,7 @@ _TRAINING: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("lr", "learning rate", quantities.number),
     ("grad_norm", "grad. norm", quantities.number),
     ("tokens_per_second", "tokens/s", quantities.count),
+    ("probe_churn", "probe churn", quantities.percent),
 )
 
 
