@@ -24,7 +24,7 @@ from moeviz.inspection.probe_batch import (
     windows_of,
 )
 from moeviz.inspection.removal import without_expert
-from moeviz.metrics import METRICS
+from moeviz.metrics import GROUPS, METRICS
 from moeviz.records import AnalysisValue
 from moeviz.store.queries import analysis, sequences
 from moeviz.store.reader import open_run
@@ -324,4 +324,5 @@ def test_every_name_that_is_stored_is_explained(
     elsewhere = {"overflow_max", "grad_norm_expert", "grad_per_token", "last_fluctuation"}
     elsewhere |= {"mi_domain_given_token", "vocab_spec"}  # the probe is too small for them
     elsewhere |= {"rc", "rc_ratio"}  # all its first choices are one expert
+    elsewhere |= {metric.id for metric in GROUPS["latent attention"]}  # this model keeps no latents
     assert explained - {each.name for each in found[1]} <= elsewhere

@@ -7,6 +7,7 @@ into the same run as the table `analysis`, each value beside what chance alone w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,12 +20,12 @@ from moeviz.inspection.decisions import balance_losses, decisions, pooled_loss
 from moeviz.inspection.expert_weights import gradient_norms, router_rows, weights_apart
 from moeviz.inspection.experts_apart import knockouts, outputs_apart
 from moeviz.inspection.heads import heads
+from moeviz.inspection.latents import latent_policy, latents
 from moeviz.inspection.over_checkpoints import over_checkpoints
 from moeviz.inspection.probe_batch import ProbeBatch
 from moeviz.inspection.readings import ModelReading, losses, read_model
 from moeviz.inspection.token_classes import diets
 from moeviz.metrics.importance import Removal
-from moeviz.policy import SamplingPolicy
 from moeviz.records import AnalysisRecord, AnalysisValue
 from moeviz.session import watch
 from moeviz.store.run import finish_run
@@ -79,6 +80,7 @@ def analyze(
     found += heads(
         model, sites.cores, blocks, probe.token_ids_NS, vocab_size, lambda: progress("attention heads")
     )
+    found += latents(model, probe.token_ids_NS)
     for layer, site in enumerate(sites.routers):
         tick = _naming(progress, f"knock-out, layer {layer}")
         found += knockouts(model, site, layer, probe, reading.loss_NS, modes, tick)
@@ -120,7 +122,7 @@ def _record(
     watched = watch(
         checkpoint.model,
         run,
-        policy=SamplingPolicy(route_every=1, route_sequences="all", attention_every=0),
+        policy=replace(latent_policy(probe.num_tokens), route_every=1, route_sequences="all"),
         when="always",
         name=f"analyze {checkpoint.name}",
         config={"inspected": str(checkpoint.path), "trained_steps": checkpoint.step, **checkpoint.config},

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from moeviz.inspection.checkpoint import OpenedCheckpoint
 from moeviz.inspection.probe_batch import ProbeBatch
+from moeviz.metrics import GROUPS
 from moeviz.records import AnalysisValue
 
 _LAYER_NAMES = (
@@ -82,6 +83,9 @@ def print_findings(
     heads = _head_table(values)
     if heads is not None:
         console.print(heads)
+    latents = _latent_table(values)
+    if latents is not None:
+        console.print(latents)
     console.print(
         f"\nKept as a run: [bold]{run}[/]\n  moeviz dash {run}\n"
         f'  moeviz query {run} "SELECT layer, unit, name, label, value, null_mean, null_sd FROM analysis"'
@@ -148,6 +152,25 @@ def _expert_table(values: Sequence[AnalysisValue]) -> Table:
         for expert in _most_special(mine):
             own = [each for each in mine if each.index == expert]
             table.add_row(str(layer), str(expert), *_card(own))
+    return table
+
+
+def _latent_table(values: Sequence[AnalysisValue]) -> Table | None:
+    """What the latents of every block add up to; None for a model without latents."""
+    ids = [metric.id for metric in GROUPS["latent attention"]]
+    found = {(each.layer, each.name): each for each in values if each.part == "head" and each.name in ids}
+    if not found:
+        return None
+    table = Table(
+        title="\nlatents of attention", title_justify="left", header_style="bold", box=None, pad_edge=False
+    )
+    blocks = sorted({block for block, _ in found})
+    table.add_column("quantity", no_wrap=True)
+    for block in blocks:
+        table.add_column(f"block {block}", justify="right", no_wrap=True)
+    for name in (name for name in ids if any(at[1] == name for at in found)):
+        cells = (found.get((block, name)) for block in blocks)
+        table.add_row(name, *(Text("") if each is None else cell(each) for each in cells))
     return table
 
 

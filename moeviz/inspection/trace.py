@@ -60,7 +60,14 @@ def trace(checkpoint: OpenedCheckpoint, texts: Sequence[str], run: Path) -> list
     """
     found = passages(checkpoint, texts)
     policy = SamplingPolicy(
-        route_every=1, route_sequences="all", attention_every=1, attention_heads=10_000, attention_size=256
+        route_every=1,
+        route_sequences="all",
+        attention_every=1,
+        attention_heads=10_000,
+        attention_size=256,
+        latent_every=1,
+        latent_layers="all",
+        latent_tokens=8192,
     )
     probe = watch(
         checkpoint.model,

@@ -116,6 +116,7 @@ LATENT = (
         source="participation ratio of the covariance",
         how_to_read="Needs at least ten tokens per dimension.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("latent_pr",),
     ),
     Metric(
         id="latent_erank",
@@ -128,6 +129,7 @@ LATENT = (
         source="Roy & Vetterli 2007",
         how_to_read="Directions in use; σ are singular values of the centred latents. Keys and values may read fewer.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("latent_erank",),
     ),
     Metric(
         id="latent_erank_k",
@@ -140,6 +142,7 @@ LATENT = (
         source="Roy & Vetterli 2007, after the up-projection",
         how_to_read="Far below the latent's own: keys ignore most of what is kept.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("latent_erank_k",),
     ),
     Metric(
         id="latent_erank_v",
@@ -152,6 +155,7 @@ LATENT = (
         source="Roy & Vetterli 2007, after the up-projection",
         how_to_read="Far below the latent's own: values ignore most of what is kept.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("latent_erank_v",),
     ),
     Metric(
         id="latent_q_erank",
@@ -164,6 +168,7 @@ LATENT = (
         source="Roy & Vetterli 2007",
         how_to_read="As latent_erank, for the compressed queries.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("latent_q_erank",),
     ),
     Metric(
         id="latent_dim90",
@@ -176,6 +181,7 @@ LATENT = (
         source="principal components",
         how_to_read="Principal directions that hold 90 % of the variance.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("latent_dim90",),
     ),
     Metric(
         id="latent_util",
@@ -188,6 +194,7 @@ LATENT = (
         source="latent_erank, rescaled",
         how_to_read="Below 0.1 the latent is much wider than its use.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("latent_util",),
     ),
     Metric(
         id="latent_dead",
@@ -200,6 +207,7 @@ LATENT = (
         source="definition",
         how_to_read="Constant dimensions carry nothing.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("latent_dead",),
     ),
     Metric(
         id="slot_share",
@@ -212,6 +220,7 @@ LATENT = (
         source="definition",
         how_to_read="The rest goes to the tokens of the own chunk. Near 0: the past is not used.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("slot_share",),
     ),
     Metric(
         id="slot_n_eff",
@@ -224,6 +233,7 @@ LATENT = (
         source="Hill number of order 1",
         how_to_read="How many slots the attention is spread over; the n_eff of latent attention.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("slot_n_eff",),
     ),
     Metric(
         id="slot_dead",
@@ -236,6 +246,7 @@ LATENT = (
         source="mirror of n_dead",
         how_to_read="Slots that no token reads.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("slot_dead",),
     ),
     Metric(
         id="read_entropy",
@@ -248,6 +259,7 @@ LATENT = (
         source="Shannon",
         how_to_read="0: a slot reads one token.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("read_entropy",),
     ),
     Metric(
         id="write_entropy",
@@ -260,6 +272,7 @@ LATENT = (
         source="Shannon",
         how_to_read="0: a token reads one slot.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("write_entropy",),
     ),
     Metric(
         id="slot_overlap",
@@ -272,6 +285,7 @@ LATENT = (
         source="definition",
         how_to_read="1: slots are copies of each other.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("slot_overlap",),
     ),
     Metric(
         id="eff_map_rank",
@@ -284,5 +298,6 @@ LATENT = (
         source="Roy & Vetterli 2007",
         how_to_read="How much of full attention passes the bottleneck.",
         recorded="table metrics, whenever latents are recorded",
+        analysis=("eff_map_rank",),
     ),
 )
