@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,20 @@ def test_tensorboard_reads_back_what_it_was_told(run: TrackedRun) -> None:
     assert any(
         "DEAD, layer 1: error: step 10: entropy is low; raise the balance loss" in text for text in texts
     )
+
+
+def test_a_resumed_run_shows_steps_once(run: TrackedRun) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra `tensorboard`)")
+    for resumed_at, steps in ((None, range(4)), (2, range(2, 5))):
+        tracker = bridges.TRACKERS["tensorboard"](replace(run, resumed_at=resumed_at))
+        for step in steps:
+            tracker.log(Digest(step=step, values={"loss": 10.0 * (resumed_at or 0) + step}))
+        tracker.close()
+        time.sleep(
+            1.1 if resumed_at is None else 0
+        )  # TensorBoard orders event files by the second in their names
+    shown = tensorboard_values(run.path / "tensorboard").Scalars("loss")
+    assert [(one.step, one.value) for one in shown] == [(0, 0), (1, 1), (2, 22), (3, 23), (4, 24)]
 
 
 def wandb_rows(file: Path) -> Iterator[Mapping[str, str]]:
