@@ -245,10 +245,16 @@ def test_padded_text_keeps_its_domains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "stage"),
-    [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)],
+    ("engine", "stage", "last"),
+    [
+        ("torch", 0, False),
+        ("torch", 0, True),
+        ("deepspeed", 0, False),
+        ("deepspeed", 1, True),
+        ("deepspeed", 2, False),
+        ("deepspeed", 3, False),
+    ],
 )
-@pytest.mark.parametrize("last", [False, True])
 def test_what_is_discarded_leaves_no_trace(engine: str, stage: int, last: bool) -> None:
     """A step begun in vain and begun anew is the step; its gradients are cleared whether it was complete or not."""
     pytest.importorskip(engine, reason="DeepSpeed is not installed")
