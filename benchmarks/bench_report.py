@@ -1,6 +1,9 @@
 """What every benchmark says besides its numbers: the machine, how busy it was, and which bars hold.
 
 A time without the load of the machine means nothing, so both stand in one table and one JSON file.
+
+Scripts here are named after what they measure, some of them after packages. Python looks beside the script first, so
+this module, which every one of them imports before those packages, lets it look there before.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +21,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 _LIBRARIES = ("torch", "duckdb", "pyarrow", "numpy")
 
