@@ -21,9 +21,11 @@ from moeviz.store.retention import SAMPLED, carry_out, plan
 AT_ONCE = Rules(fan_in=2, most=4, delay_seconds=0.0, grace_seconds=0.0)
 
 
-@pytest.fixture(params=["live", "merged", "packed", "unpacked"])
-def kept(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[LatentRecord]]:
-    path = tmp_path / "run"
+@pytest.fixture(scope="module", params=["live", "merged", "packed", "unpacked"])
+def kept(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[LatentRecord]]:
+    path = tmp_path_factory.mktemp(request.param) / "run"
     written = write_run(path, ranks=2)
     if request.param == "merged":
         for late in range(3):
