@@ -97,11 +97,13 @@ def register_run(
         MoevizError: no extension, no catalogue, another run of that name, or others keep writing the catalogue.
     """
     path = Path(path).absolute()
-    catalog, info = parse_catalog(catalog_url), read_info(path)
+    catalog = parse_catalog(catalog_url)
+    read_info(path)  # a run at all, before anything is made
     try:
         with _only_writer(catalog), run_lock(path, wait_seconds=60.0) as held:
             if not held:
                 raise MoevizError(f"another process is merging or packing {path}; try again when it is done")
+            info = read_info(path)  # again: it may have been packed while this waited
             lake = open_lake(catalog, files, path.parent / LAKE_FOLDER)
             with contextlib.closing(lake.connection):
                 return _retrying(lambda: _Registration(lake, path, info, name).carry_out(progress), lake)
