@@ -187,6 +187,20 @@ def test_a_failing_sink_never_raises_and_is_named_once(
     assert remedies[type(error)] in said[0]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_without_its_thread_nothing_piles_up_and_nobody_waits(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="moeviz.store")
+    sink = BackgroundSink(Memory(SystemExit()))  # type: ignore[arg-type]  # no Exception: it ends the thread
+    sink.write(scalar(0))
+    assert not sink.flush(timeout=600.0), "comes back at once"
+    for step in range(1, 5):
+        sink.write(scalar(step))
+    assert len(sink._queue) <= 1, "of the flush"
+    stats = sink.close(timeout=600.0)
+    assert stats.lost >= 4
+    assert "nothing more is recorded" in caplog.text
+
+
 def test_recording_goes_on_after_an_error() -> None:
     inner = Memory(ValueError("bad"))
     sink = BackgroundSink(inner)
