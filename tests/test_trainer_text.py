@@ -47,6 +47,23 @@ def test_a_mixture_is_what_steps_are_made_of(sources: tuple[str, str], tmp_path:
         open_text(toy(tmp_path, data=data | {"mixture": ("fish=1",)}), quiet=True)
 
 
+def test_how_often_a_text_is_read_is_counted_and_said(sources: tuple[str, str], tmp_path: Path) -> None:
+    """Oracle: the rows themselves."""
+    text = open_text(
+        toy(tmp_path, data={"train_data": sources, "mixture": ("birds=1", "rocks=3")}), quiet=True
+    )
+    counted = text.batches.rows(0, 1024).domains
+    for domain, times in text.batches.passes(1024).items():
+        tokens = text.batches.shards.num_tokens("train", domain)
+        assert times == pytest.approx(counted.count(domain) * 16 / tokens)
+    told = text.repetition(512, 2)
+    assert told is not None
+    birds, rocks = (text.batches.passes(1024)[name] for name in ("birds", "rocks"))
+    assert birds > rocks > 1
+    assert told.startswith(f"512 steps read birds {birds:.1f} times, rocks {rocks:.1f} times")
+    assert text.repetition(1, 2) is None
+
+
 def test_a_run_on_both_goes_on_bit_for_bit(sources: tuple[str, str], tmp_path: Path) -> None:
     data = {"train_data": sources, "mixture": ("birds=1", "rocks=2"), "document_mask": True}
     whole = train(toy(tmp_path / "whole", data=data))

@@ -97,6 +97,9 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
     engine = _engine(config, text, found, origin, progress)
     engine.module.separate_documents(text.document_end)
     first_step = found.step if found else 0
+    sequences = config.data.sequences_per_step * engine.world_size
+    if engine.rank == 0 and (told := text.repetition(config.max_steps, sequences)):
+        progress.note(told)
     if found and engine.rank == 0:
         for path in set_aside_after(run / CHECKPOINTS, found.step):
             progress.note(f"{path} holds later steps, which are trained again now; it is kept, renamed")

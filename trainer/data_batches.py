@@ -105,6 +105,15 @@ class TokenBatches:
         """Tokens of the split."""
         return self.shards.num_tokens(self.split)
 
+    def passes(self, rows: int) -> dict[str, float]:
+        """How often the first `rows` rows of the run read each domain's tokens."""
+        total = int(self.rows_per_cycle.sum())
+        shares = dict(zip(self.domains, self.rows_per_cycle / total, strict=True))
+        return {
+            name: float(rows * share * self.seq_len / self.shards.num_tokens(self.split, name))
+            for name, share in shares.items()
+        }
+
     def batch(self, step: int, micro_batch: int = 0, rank: int = 0, world: int = 1) -> Batch:
         """Rows of one micro-batch of one rank in a step (0-based)."""
         assert 0 <= micro_batch < self.micro_batches, (micro_batch, self.micro_batches)

@@ -35,6 +35,17 @@ class Text:
         """Length of every token in bytes."""
         return self.tokenizer.token_lengths() if self.tokenizer else None
 
+    def repetition(self, steps: int, sequences_per_step: int) -> str | None:
+        """What to say about a run that reads a text more than once; None where none does."""
+        passes = self.batches.passes(steps * sequences_per_step)
+        often = {name: times for name, times in passes.items() if times > 1}
+        if not often:
+            return None
+        most = sorted(often, key=lambda name: -often[name])[:3]
+        told = ", ".join(f"{name} {often[name]:.1f} times" for name in most)
+        rest = f" and {len(often) - 3} more" if len(often) > 3 else ""
+        return f"{steps} steps read {told}{rest}: each pass in another order"
+
     def fit(self, model: ModelConfig) -> ModelConfig:
         """The model's config with as many token ids as the text has: a small text gives a small
         vocabulary.

@@ -34,16 +34,24 @@ ALIASES = {
 }
 """Spellings of other trainers, by what they are called here."""
 
-LISTS = ("--on-alert", "--freeze", "--train-only", "--alert-thresholds", "--prune-experts")
+LISTS = (
+    "--train-data",
+    "--mixture",
+    "--on-alert",
+    "--freeze",
+    "--train-only",
+    "--alert-thresholds",
+    "--prune-experts",
+)
 """Flags that take several values, and may be given several times."""
 
 _DESCRIPTION = """Train a Mixture-of-Experts language model.
 
-moeviz train --preset demo --log-routing       the tour: two minutes on a laptop, then `moeviz tui`
-moeviz train --preset olmoe-tiny --train-data my-texts/ --max-steps 5000
-moeviz train --resume runs/mine                 go on after a stop, bit for bit
-moeviz train --init-from CHECKPOINT --train-data mine/ --train-only router      fine-tune ours, or a folder of
-                                                transformers
+    moeviz train --preset demo --log-routing       the tour: two minutes on a laptop, then `moeviz tui`
+    moeviz train --preset olmoe-tiny --train-data my-texts/ --max-steps 5000
+    moeviz train --train-data shards/web code=repos/ --mixture web=0.7 code=0.3
+    moeviz train --resume runs/mine                 go on after a stop, bit for bit
+    moeviz train --init-from CHECKPOINT --train-data mine/ --train-only router      ours, or a folder of transformers
 """
 
 
