@@ -27,32 +27,51 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.mark.parametrize(
-    ("engine", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 2), ("deepspeed", 3)]
-)
-def test_every_engine_is_counted_like_the_model_counts_itself(engine: Any, stage: Any) -> None:
+def train(engine: Any, stage: Any, recompute: bool, sink: Kept | None) -> tuple[list[float], list[Tensor]]:
+    """Losses, and what the model counted itself in each step; watched if there is a sink."""
     config = TrainConfig(
         model=MODEL,
         data=InputConfig(seq_len=S, batch_size=B, gradient_accumulation_steps=MICRO),
-        engine=EngineConfig(engine=engine, zero_stage=stage, device="cpu"),
+        engine=EngineConfig(engine=engine, zero_stage=stage, gradient_checkpointing=recompute, device="cpu"),
     )
     torch.manual_seed(0)
-    built, sink = build_engine(MoELanguageModel(MODEL), config), Kept()
+    built = build_engine(MoELanguageModel(MODEL), config)
     watched = built.module if engine == "torch" else built._engine  # type: ignore[attr-defined]
-    with attach(watched, sink) as probe:
-        assert probe.info.num_parameters == MODEL.num_parameters()
-        for step in range(2):
-            counts_LE = torch.zeros(2, 4, dtype=torch.long)
-            for _ in range(MICRO):
-                ids_BS = torch.randint(0, V, (B, S))
-                output = built.forward(ids_BS, ids_BS.roll(-1, 1))
-                built.backward(training_loss(output, config.balance))
-                counts_LE += output.expert_counts_LE
-            built.step(1e-3)
+    probe = None if sink is None else attach(watched, sink, policy=EVERYTHING)
+    generator, losses, counts = torch.Generator().manual_seed(1), [], []
+    for _ in range(2):
+        counts.append(torch.zeros(2, 4, dtype=torch.long))
+        for micro_batch in range(MICRO):
+            ids_BS = torch.randint(0, V, (B, S), generator=generator)
+            output = built.forward(ids_BS, ids_BS.roll(-1, 1))
+            loss = training_loss(output, config.balance)
+            built.backward(loss, share=1 / MICRO, last=micro_batch == MICRO - 1)
+            losses.append(float(loss.detach()))
+            counts[-1] += output.expert_counts_LE
+        built.step(1e-3)
+        if probe is not None:
             probe.step()
-            assert sink.of(LoadRecord)[step].counts_LE.tolist() == counts_LE.tolist()
-    assert probe.failures.count == 0
+    if probe is not None:
+        assert probe.info.num_parameters == MODEL.num_parameters()
+        assert probe.failures.count == 0
+        probe.close()
     built.destroy()
+    return losses, counts
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "stage"),
+    [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)],
+)
+def test_every_engine_is_counted_like_the_model_counts_itself(
+    engine: Any, stage: Any, recompute: bool
+) -> None:
+    sink = Kept()
+    losses, counts = train(engine, stage, recompute, sink)
+    assert [load.counts_LE.tolist() for load in sink.of(LoadRecord)] == [one.tolist() for one in counts]
+    assert [len(rows.seqs) for rows in sink.of(TokenRoutingRecord)] == [B * MICRO] * 2
+    assert losses == train(engine, stage, recompute, None)[0], "watching changes no bit"
 
 
 class Gated(nn.Module):
