@@ -12,7 +12,15 @@ import pytest
 from moeviz.store.cover import SegmentName
 from moeviz.store.schema import TABLES, segment_schema
 from moeviz.store.segments import write_segment
-from moeviz.store.tiles import SMALLEST_BYTES, TILE_BYTES, TILE_LAYERS, has_tiles, packed_order, tiled
+from moeviz.store.tiles import (
+    SMALLEST_BYTES,
+    TILE_BYTES,
+    TILE_LAYERS,
+    has_tiles,
+    packed_order,
+    tile_numbers,
+    tiled,
+)
 
 ORDER = TABLES["routing"].order
 
@@ -96,6 +104,21 @@ def test_tables_that_are_asked_for_by_step_and_layer_have_tiles() -> None:
 def test_an_empty_table_has_no_tile() -> None:
     empty = segment_schema("routing", "x").empty_table()
     assert tiled(empty, ORDER).row_groups == []
+
+
+@pytest.mark.parametrize("sort_by", [[], ["step"], ["step", "layer"], ["layer", "step"]])
+def test_without_an_order_rows_keep_theirs_within_a_tile(sort_by: list[str]) -> None:
+    before = routing(8, 24, 1, 900)
+    if sort_by:
+        before = before.sort_by([(name, "ascending") for name in sort_by])
+    before = pa.concat_tables([before.slice(0, 50), before.slice(50)])
+    after, row_groups = tiled(before)
+    tiles = tile_numbers(before["layer"].to_numpy(), before["step"].to_numpy(), before.nbytes / 192)
+    expected = [
+        row for tile in np.unique(tiles) for row in before.filter(pa.array(tiles == tile)).to_pylist()
+    ]
+    assert after.to_pylist() == expected
+    assert len(row_groups) > 1
 
 
 def test_a_packed_file_keeps_a_step_together() -> None:

@@ -39,6 +39,7 @@ _NUMBERS: dict[pa.DataType, tuple[int, int | None]] = {
     pa.float64(): (_DOUBLE, None),
 }
 """Arrow type -> Parquet's physical type and, for unsigned integers, its ConvertedType."""
+_PLAIN_TYPES = {_INT32: "<i4", _FLOAT: "<f4", _DOUBLE: "<f8"}
 _CODES = (pa.uint8(), pa.uint16())
 """Elements of lists: numbers that can be codes of a dictionary in which each number stands for itself."""
 
@@ -47,7 +48,7 @@ class _Chunk(NamedTuple):
     """A column of a row group, as written."""
 
     pages: bytes
-    metadata: list[thrift.Field]
+    metadata: tuple[thrift.Field, ...]
     """Of ColumnMetaData, but for the offsets."""
     data_at: int
     """Where in `pages` the data page begins: after the dictionary, if there is one."""
@@ -80,11 +81,11 @@ def write(file: BinaryIO, table: pa.Table, row_groups: Sequence[int], statistics
         statistics: columns of integers whose smallest and largest value of each row group are noted.
     """
     file.write(_MAGIC)
-    at, start, groups = len(_MAGIC), 0, []
+    at, start, groups, fields = len(_MAGIC), 0, [], list(table.schema)
     for size in row_groups:
         rows = table.slice(start, size)
         chunks, group_bytes = [], 0
-        for column, field in zip(rows.columns, table.schema, strict=True):
+        for column, field in zip(rows.columns, fields, strict=True):
             chunk = _chunk(column, field, field.name in statistics)
             file.write(chunk.pages)
             offsets = [thrift.i64(9, at + chunk.data_at)]
@@ -120,19 +121,20 @@ def _numbers(array: pa.Array, field: pa.Field, with_statistics: bool) -> _Chunk:
     """One number a row, as it is: too few to be worth compressing."""
     type_, _ = _NUMBERS[field.type]
     values = array.to_numpy()
-    plain = values.astype({_INT32: "<i4", _FLOAT: "<f4", _DOUBLE: "<f8"}[type_], copy=False)
+    plain = values.astype(_PLAIN_TYPES[type_], copy=False)
     body = _levels(_run(1, len(values))) + plain.tobytes()
     pages = _page(_DATA_PAGE, len(values), _PLAIN, body, body)
-    noted = []
-    if with_statistics and len(values):
-        low, high = (
-            int(edge).to_bytes(4, "little", signed=edge < 0) for edge in (values.min(), values.max())
-        )
-        noted = [thrift.struct(12, [thrift.i64(3, 0), thrift.binary(5, high), thrift.binary(6, low)])]
-    path = [field.name.encode()]
+    noted = (_edges(int(values.min()), int(values.max())),) if with_statistics and len(values) else ()
+    path = (field.name.encode(),)
     sizes = len(pages), len(pages)
     about = _about(type_, (_PLAIN, _RLE), path, _UNCOMPRESSED, len(values), sizes)
-    return _Chunk(pages, [*about, *noted], 0)
+    return _Chunk(pages, about + noted, 0)
+
+
+@lru_cache(maxsize=1 << 10)
+def _edges(smallest: int, largest: int) -> thrift.Field:
+    low, high = (edge.to_bytes(4, "little", signed=edge < 0) for edge in (smallest, largest))
+    return thrift.struct(12, [thrift.i64(3, 0), thrift.binary(5, high), thrift.binary(6, low)])
 
 
 def _codes(array: pa.ListArray, field: pa.Field) -> _Chunk:
@@ -141,26 +143,32 @@ def _codes(array: pa.ListArray, field: pa.Field) -> _Chunk:
     codes = array.values.to_numpy()[offsets[0] : offsets[-1]]
     most = int(codes.max())
     width = np.dtype("<u1") if most < 256 else np.dtype("<u2")
-    packed = codes.astype(width, copy=False).tobytes()
+    packed = codes.astype(width, copy=False).data
     padding = bytes(-len(codes) % 8 * width.itemsize)
     packed_run = thrift.varint(-(-len(codes) // 8) << 1 | 1)
     levels = _levels(_repeats(np.diff(offsets))) + _levels(_run(3, len(codes)))
     body = b"".join((levels, bytes([width.itemsize * 8]), packed_run, packed, padding))
-    dictionary = np.arange(most + 1, dtype="<i4").tobytes()
-    first = _page(_DICTIONARY_PAGE, most + 1, _PLAIN, dictionary, _zstd(dictionary))
+    first, first_raw = _dictionary_page(most + 1)
     squeezed = _zstd(body)
-    pages = first + _page(_DATA_PAGE, len(codes), _RLE_DICTIONARY, body, squeezed)
-    path = [field.name.encode(), b"list", b"element"]
-    sizes = len(pages) - len(squeezed) + len(body) + len(dictionary), len(pages)
+    second = _page(_DATA_PAGE, len(codes), _RLE_DICTIONARY, body, squeezed)
+    pages = first + second
+    path = (field.name.encode(), b"list", b"element")
+    sizes = first_raw + len(second) - len(squeezed) + len(body), len(pages)
     about = _about(_INT32, (_PLAIN, _RLE, _RLE_DICTIONARY), path, _ZSTD, len(codes), sizes)
     return _Chunk(pages, about, len(first))
 
 
+@lru_cache(maxsize=1 << 10)
 def _about(
-    type_: int, encodings: tuple[int, ...], path: list[bytes], codec: int, values: int, sizes: tuple[int, int]
-) -> list[thrift.Field]:
+    type_: int,
+    encodings: tuple[int, ...],
+    path: tuple[bytes, ...],
+    codec: int,
+    values: int,
+    sizes: tuple[int, int],
+) -> tuple[thrift.Field, ...]:
     """ColumnMetaData but for offsets; `sizes` in bytes, before and after compression."""
-    return [
+    return (
         thrift.i32(1, type_),
         thrift.i32s(2, encodings),
         thrift.binaries(3, path),
@@ -168,17 +176,22 @@ def _about(
         thrift.i64(5, values),
         thrift.i64(6, sizes[0]),
         thrift.i64(7, sizes[1]),
-    ]
+    )
 
 
 def _page(kind: int, values: int, encoding: int, body: bytes, compressed: bytes) -> bytes:
-    head = [thrift.i32(1, kind), thrift.i32(2, len(body)), thrift.i32(3, len(compressed))]
+    return _page_header(kind, values, encoding, len(body), len(compressed)) + compressed
+
+
+@lru_cache(maxsize=1 << 12)
+def _page_header(kind: int, values: int, encoding: int, raw_bytes: int, page_bytes: int) -> bytes:
+    head = [thrift.i32(1, kind), thrift.i32(2, raw_bytes), thrift.i32(3, page_bytes)]
     if kind == _DATA_PAGE:
         facts = [(1, values), (2, encoding), (3, _RLE), (4, _RLE)]
         head.append(thrift.struct(5, [thrift.i32(*fact) for fact in facts]))
     else:
         head.append(thrift.struct(7, [thrift.i32(1, values), thrift.i32(2, encoding)]))
-    return thrift.fields_of(head) + compressed
+    return thrift.fields_of(head)
 
 
 def _levels(runs: bytes) -> bytes:
@@ -198,6 +211,14 @@ def _repeats(lengths: np.ndarray) -> bytes:
 @lru_cache(maxsize=4096)
 def _repeat(length: int) -> bytes:
     return _run(0, 1) + (_run(1, length - 1) if length > 1 else b"")
+
+
+@lru_cache(maxsize=8)
+def _dictionary_page(size: int) -> tuple[bytes, int]:
+    """The dictionary in which number i of 0..size-1 has code i, as a page; and its bytes before compression."""
+    numbers = np.arange(size, dtype="<i4").tobytes()
+    page = _page(_DICTIONARY_PAGE, size, _PLAIN, numbers, _zstd(numbers))
+    return page, len(page) - len(_zstd(numbers)) + len(numbers)
 
 
 def _zstd(body: bytes) -> bytes:

@@ -32,7 +32,8 @@ def weight_codes(weights_LNSK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale_LN = np.where(peak_LN > 1, peak_LN, np.float32(1)).astype(np.float32)
     codes = weights * (np.float32(255) / scale_LN)[:, :, None, None]
     np.rint(codes, out=codes)
-    np.clip(codes, 0, 255, out=codes)
+    if codes.min(initial=0.0) < 0:  # a weight has no sign; asking costs less than np.clip
+        np.maximum(codes, 0, out=codes)
     return codes.astype(np.uint8), scale_LN
 
 

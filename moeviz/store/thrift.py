@@ -6,6 +6,7 @@ https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.m
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 Field = tuple[int, int, bytes]
 """Number of the field, its kind on the wire, its value as written. Fields of a struct go by rising number."""
@@ -64,6 +65,7 @@ def varint(value: int) -> bytes:
     return bytes(written)
 
 
+@lru_cache(maxsize=1 << 14)  # a footer says the same sizes again and again
 def zigzag(value: int) -> bytes:
     """A signed integer of up to 64 bits."""
     return varint((value << 1) ^ (value >> 63))

@@ -8,6 +8,7 @@ kinds read some tiles of 0.4 MB, and the statistics of the row groups say which.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,16 +31,28 @@ class Tiled(NamedTuple):
     """Rows of each tile, in order."""
 
 
-def tiled(rows: pa.Table, order: tuple[str, ...]) -> Tiled:
-    """Sort rows by tile, and by `order` (a table's that `has_tiles`) within each."""
+def tiled(rows: pa.Table, order: Sequence[str] = ()) -> Tiled:
+    """Sort rows by tile, and by the columns `order` within each; without any, rows of a tile keep their order."""
     if rows.num_rows == 0:
         return Tiled(rows, [])
     tile_R = tile_numbers(rows["layer"].to_numpy(), rows["step"].to_numpy(), rows.nbytes / rows.num_rows)
-    keys = pa.table([pa.array(tile_R), *rows.select(order).columns], names=["tile", *order])
-    at_R = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in keys.column_names]).to_numpy()
-    in_place = bool((at_R[1:] > at_R[:-1]).all())
+    if order:
+        keys = pa.table([pa.array(tile_R), *rows.select(list(order)).columns], names=["tile", *order])
+        at_R = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in keys.column_names]).to_numpy()
+    else:
+        at_R = np.argsort(tile_R, kind="stable")
     _, sizes = np.unique(tile_R, return_counts=True)
-    return Tiled(rows if in_place else rows.take(pa.array(at_R)), sizes.tolist())
+    return Tiled(_rearranged(rows, at_R.astype(np.int64)), sizes.tolist())
+
+
+def _rearranged(rows: pa.Table, at_R: np.ndarray) -> pa.Table:
+    """Rows in the order `at_R`. Long stretches that stay together, like the layers of a record, are not copied."""
+    starts = np.flatnonzero(np.diff(at_R, prepend=at_R[0] - 2) != 1)
+    if len(starts) > len(at_R) / 2:
+        return rows.take(pa.array(at_R))
+    lengths = np.diff(starts, append=len(at_R))
+    stretches = zip(at_R[starts].tolist(), lengths.tolist(), strict=True)
+    return pa.concat_tables(rows.slice(first, length) for first, length in stretches)
 
 
 def packed_order(order: tuple[str, ...]) -> tuple[str, ...]:

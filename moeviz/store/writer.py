@@ -166,7 +166,7 @@ class SegmentWriter:
         )
         rows, row_groups = rows.cast(self._schemas[table]), None
         if has_tiles(TABLES[table].order):
-            rows, row_groups = tiled(rows, TABLES[table].order)
+            rows, row_groups = tiled(rows)
         path = write_segment(self.path / table, name, rows, row_groups=row_groups)
         self._next_flush[table] = flush + 1
         self._stats = self._stats._replace(
