@@ -18,12 +18,26 @@ from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from moeviz.records import Severity
 from trainer.data_mixture import parse_mixture
+from trainer.guard_config import GuardConfig, PruneConfig
+from trainer.optim_config import BalanceConfig, OptimConfig, ScheduleConfig, require_rule
 from trainer.response_config import ResponseConfig
 
-
-def _require(holds: bool, value: str, rule: str) -> None:
-    if not holds:
-        raise MoevizError(f"{value} {rule}")
+__all__ = [
+    "AlertingConfig",
+    "BalanceConfig",
+    "CheckpointConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "GuardConfig",
+    "InputConfig",
+    "OptimConfig",
+    "PruneConfig",
+    "ResponseConfig",
+    "ScheduleConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "flag_names",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +73,9 @@ class InputConfig:
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "gradient_accumulation_steps"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name}={value}", "is below 1; give a positive number")
+            require_rule(value >= 1, f"{name}={value}", "is below 1; give a positive number")
         fraction = self.validation_fraction
-        _require(0 <= fraction < 1, f"validation_fraction={fraction}", "is not in [0, 1); 0.05 is usual")
+        require_rule(0 <= fraction < 1, f"validation_fraction={fraction}", "is not in [0, 1); 0.05 is usual")
         parse_mixture(self.mixture)  # refuses nonsense here, before anything is built
 
     @property
@@ -73,89 +87,6 @@ class InputConfig:
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step on one rank."""
         return self.sequences_per_step * self.seq_len
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101), or another one beside it."""
-
-    optimizer: Literal["adamw", "muon", "schedulefree"] = "adamw"
-    """adamw; muon: for the matrices inside of blocks, each expert's its own, AdamW for the rest; schedulefree: AdamW
-    that averages its weights instead of lowering its rate (needs that library, and --schedule constant)."""
-    learning_rate: float = 1e-3
-    """Peak learning rate, after the warm-up."""
-    weight_decay: float = 0.1
-    """Decoupled decay of the matrices; norms, biases and other vectors are never decayed."""
-    beta1: float = 0.9
-    """Decay of the running mean of the gradient."""
-    beta2: float = 0.95
-    """Decay of the running mean of its square."""
-    adam_eps: float = 1e-8
-    """Added to the root of that mean."""
-    grad_clip: float = 1.0
-    """Largest global norm of the gradient, longer ones are scaled down to it. 0: no clipping."""
-    expert_grad_every: int = 0
-    """Record the gradient norm of every expert each n steps, as expert_grad_norm/LAYER/EXPERT. 0: never."""
-
-    def __post_init__(self) -> None:
-        rate = self.learning_rate
-        _require(rate > 0, f"learning_rate={rate}", "is not positive; 1e-3 is a start")
-        for name in ("weight_decay", "grad_clip", "expert_grad_every"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name}={value}", "is negative; 0 switches it off")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name}={value}", "is not in [0, 1); 0.9 is usual")
-        _require(self.adam_eps > 0, f"adam_eps={self.adam_eps}", "is not positive; 1e-8 is usual")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """The learning rate over the run, as a share of its peak."""
-
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after the warm-up; wsd stays at the peak and falls linearly over the last `decay_share`."""
-    warmup_steps: int = 50
-    """Steps in which the rate rises linearly from zero to its peak."""
-    min_lr_ratio: float = 0.1
-    """Last learning rate over the peak."""
-    decay_share: float = 0.2
-    """Share of the run in which wsd falls."""
-    lr_steps: int | None = None
-    """Steps after which the schedule has run out. None: max_steps."""
-
-    def __post_init__(self) -> None:
-        _require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}", "is negative; 0 means none")
-        for name in ("min_lr_ratio", "decay_share"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name}={value}", "is not between 0 and 1; it is a share")
-        if self.lr_steps is not None:
-            _require(
-                self.lr_steps >= 1, f"lr_steps={self.lr_steps}", "is below 1; leave it out for max_steps"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BalanceConfig:
-    """What keeps the experts evenly used."""
-
-    balance: Literal["none", "aux", "bias"] = "bias"
-    """none; aux: the load balancing loss; bias: a selection bias moved after each step, without a loss."""
-    aux_coef: float = 1e-2
-    """Weight of the balance loss, which is 1 for an even load (balance=aux)."""
-    z_coef: float = 1e-3
-    """Weight of the router z-loss, the mean squared logsumexp of the router's logits. 0 switches it off."""
-    bias_step: float = 1e-3
-    """How far an expert's bias moves after a step (balance=bias)."""
-    orthogonality_coef: float = 0.1
-    """Weight of SimBal's loss on the router's rows, for a model with --orthogonality."""
-    contrastive_coef: float = 0.1
-    """Weight of the contrastive loss, for a model with --contrastive-width; sequences of one domain belong together."""
-
-    def __post_init__(self) -> None:
-        for name in ("aux_coef", "z_coef", "bias_step", "orthogonality_coef", "contrastive_coef"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name}={value}", "is negative; 0 switches it off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,14 +155,16 @@ class EvaluationConfig:
     """With --log-routing: route a fixed probe of held-out text every n steps, to see decisions settle and experts
     specialise. 0: never."""
     probe_sequences: int = 4
-    """Sequences of each domain in the probe, of 64 tokens at most; one step's worth of tokens costs a third of a step."""
+    """Sequences of each domain in the probe, of 64 tokens at most; a step's worth of tokens costs a third of a step."""
 
     def __post_init__(self) -> None:
-        _require(self.eval_every >= 0, f"eval_every={self.eval_every}", "is negative; 0 means never")
-        _require(self.probe_every >= 0, f"probe_every={self.probe_every}", "is negative; 0 means never")
+        require_rule(self.eval_every >= 0, f"eval_every={self.eval_every}", "is negative; 0 means never")
+        require_rule(self.probe_every >= 0, f"probe_every={self.probe_every}", "is negative; 0 means never")
         sequences = self.probe_sequences
-        _require(sequences >= 1, f"probe_sequences={sequences}", "is below 1; 4 is usual")
-        _require(self.eval_sequences >= 1, f"eval_sequences={self.eval_sequences}", "is below 1; 32 is usual")
+        require_rule(sequences >= 1, f"probe_sequences={sequences}", "is below 1; 4 is usual")
+        require_rule(
+            self.eval_sequences >= 1, f"eval_sequences={self.eval_sequences}", "is below 1; 32 is usual"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,61 +179,11 @@ class CheckpointConfig:
     """Keep the weights with the least validation loss too, as RUN/checkpoints/best."""
 
     def __post_init__(self) -> None:
-        _require(
+        require_rule(
             self.save_every >= 0, f"save_every={self.save_every}", "is negative; 0 means at the end only"
         )
         kept = self.keep_checkpoints
-        _require(kept >= 1, f"keep_checkpoints={kept}", "is below 1; a run keeps its newest")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardConfig:
-    """What keeps a bad step from spoiling a run."""
-
-    max_bad_steps: int = 3
-    """Steps in a row that may be skipped because loss or gradient is not a number, before training stops."""
-    spike_rewind: bool = False
-    """At a spike of the loss go back to the last checkpoint, and pass over the data between it and the spike."""
-    spike_window: int = 128
-    """Steps before it that a spike is judged by."""
-    spike_sd: float = 6.0
-    """Standard deviations above their mean that make a spike."""
-    max_rewinds: int = 5
-    """How often a run goes back; later spikes are recorded only."""
-
-    def __post_init__(self) -> None:
-        bad = self.max_bad_steps
-        _require(bad >= 0, f"max_bad_steps={bad}", "is negative; 0 stops at the first bad step")
-        window, sd = self.spike_window, self.spike_sd
-        _require(window >= 2, f"spike_window={window}", "is below 2; 128 is usual")
-        _require(sd > 0, f"spike_sd={sd}", "is not positive; 6 is usual")
-        _require(self.max_rewinds >= 0, f"max_rewinds={self.max_rewinds}", "is negative; 0 never goes back")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """Experts that leave while a run trains."""
-
-    prune_experts: tuple[str, ...] = ()
-    """STEP=EXPERTS ...: before this step keep so many experts of each layer, the most used ones. The run goes on in a
-    folder of its own, RUN-EXPERTS-experts."""
-    prune_window: int = 200
-    """Steps before it that their use is measured in."""
-
-    def __post_init__(self) -> None:
-        _require(self.prune_window >= 1, f"prune_window={self.prune_window}", "is below 1; 200 is usual")
-        self.plan  # noqa: B018  # refuses what cannot be read here
-
-    @property
-    def plan(self) -> dict[int, int]:
-        """Experts that are kept, by step."""
-        plan = {}
-        for text in self.prune_experts:
-            step, _, experts = text.partition("=")
-            readable = step.isdecimal() and experts.isdecimal() and int(step) > 0 and int(experts) > 0
-            _require(readable, f"prune_experts={text!r}", "is no STEP=EXPERTS; 1000=6 keeps six at step 1000")
-            plan[int(step)] = int(experts)
-        return plan
+        require_rule(kept >= 1, f"keep_checkpoints={kept}", "is below 1; a run keeps its newest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +208,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         threads = self.threads
-        _require(
+        require_rule(
             threads is None or threads >= 1, f"threads={threads}", "is below 1; leave it out for all cores"
         )
         if self.engine == "deepspeed" and self.dtype == "bf16" and self.zero_stage == 0:
@@ -392,15 +275,17 @@ class TrainConfig:
     """Engine, precision, device."""
 
     def __post_init__(self) -> None:
-        _require(self.max_steps >= 1, f"max_steps={self.max_steps}", "is below 1; give the number of steps")
+        require_rule(
+            self.max_steps >= 1, f"max_steps={self.max_steps}", "is below 1; give the number of steps"
+        )
         minutes = self.max_minutes
-        _require(
+        require_rule(
             minutes is None or minutes > 0,
             f"max_minutes={minutes}",
             "is not positive; leave it out for no limit",
         )
-        _require(self.log_every >= 1, f"log_every={self.log_every}", "is below 1; 10 is usual")
-        _require(self.seed >= 0, f"seed={self.seed}", "is negative; give 0 or a positive number")
+        require_rule(self.log_every >= 1, f"log_every={self.log_every}", "is below 1; 10 is usual")
+        require_rule(self.seed >= 0, f"seed={self.seed}", "is negative; give 0 or a positive number")
         self._check_optimizer()
         self._check_responses()
         self._check_pruning()
@@ -409,7 +294,7 @@ class TrainConfig:
         before = self.model.num_experts
         for step, experts in sorted(self.prune.plan.items()):
             fits = self.model.top_k <= experts < before
-            _require(
+            require_rule(
                 fits,
                 f"prune_experts {step}={experts}",
                 f"is not between top_k={self.model.top_k} and the {before} experts before, so nothing can leave",
