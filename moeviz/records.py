@@ -212,6 +212,8 @@ class LatentRecord:
     """Whose picture `grid_XSC` is."""
     length: int
     """Tokens of that sequence behind the rows; more than rows when these are blocks of tokens."""
+    first: int = 0
+    """Which token of the sequence the first row is: in its first chunk nobody has slots to read."""
     grid_XSC: np.ndarray
     """float32. A row per token in order (or block of tokens): the latent; the weight of each slot on the token (a
     block: their sum, so that columns sum to 1); the weight of the token on each slot (a block: their mean)."""

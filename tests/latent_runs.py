@@ -22,7 +22,7 @@ from moeviz.store.writer import SegmentWriter
 STEPS = (0, 10, 20)
 TEXTS = ("It", " was", "\n", " <b>", " 7", " foxes", ".", " Then")
 S, RANK, SLOTS, GROUPS, HEADS = len(TEXTS), 10, 5, 2, 4
-MLA_BLOCK, SLOT_BLOCK = 1, 3
+MLA_BLOCK, SLOT_BLOCK, CHUNK = 1, 3, 2
 
 
 def model_info() -> ModelInfo:
@@ -40,14 +40,14 @@ def model_info() -> ModelInfo:
 def records_of(step: int, rank: int = 0) -> list[LatentRecord]:
     """One MLA block with keys, values and queries; one block of slots. Slot 4 dies over training."""
     rng = np.random.default_rng((step, rank))
-    at = {"step": step, "rank": rank, "seq": 2, "tokens": 64, "length": S}
+    at = {"step": step, "rank": rank, "seq": 2, "tokens": 64}
     found = []
     for name, width in (("kv", RANK), ("q", RANK + 2)):
         latents_TR = rng.normal(size=(64, width)) * np.linspace(2, 0.5 / (1 + step), width)
         values = {"latent_erank": latent.latent_erank(latents_TR)} if name == "kv" else {}
         found.append(
             LatentRecord(
-                **at, layer=MLA_BLOCK, name=name, heads=(),  # type: ignore[arg-type]
+                **at, layer=MLA_BLOCK, name=name, heads=(), length=S,  # type: ignore[arg-type]
                 grid_XSC=latents_TR[None, :S].astype(np.float32),
                 singular_XR=latent.spectrum(latents_TR)[None].astype(np.float32),
                 profile_XC=latents_TR.std(axis=0)[None].astype(np.float32), values=values,
@@ -56,13 +56,14 @@ def records_of(step: int, rank: int = 0) -> list[LatentRecord]:
     read = rng.dirichlet(np.ones(S), (GROUPS, SLOTS)).transpose(0, 2, 1)
     write = rng.dirichlet(np.linspace(3, 3 / (1 + step), SLOTS), (HEADS, S))
     mass = write.mean(axis=1)
-    for name, heads, grid, profile, values in (
-        ("read", GROUPS, read, latent.slot_read_entropy(read), {"read_entropy": 0.8}),
-        ("write", HEADS, write, mass, {"slot_n_eff": float(latent.slot_n_eff(mass[:, None]).mean())}),
+    effective = {"slot_n_eff": float(latent.slot_n_eff(mass[:, None]).mean())}
+    for name, heads, grid, profile, values, first in (
+        ("read", GROUPS, read, latent.slot_read_entropy(read), {"read_entropy": 0.8}, 0),
+        ("write", HEADS, write[:, CHUNK:], mass, effective, CHUNK),
     ):
         found.append(
             LatentRecord(
-                **at, layer=SLOT_BLOCK, name=name, heads=tuple(range(heads)),  # type: ignore[arg-type]
+                **at, layer=SLOT_BLOCK, name=name, heads=tuple(range(heads)), first=first, length=S - first,  # type: ignore[arg-type]
                 grid_XSC=grid.astype(np.float32),
                 singular_XR=np.linalg.svd(grid, compute_uv=False).astype(np.float32),
                 profile_XC=profile.astype(np.float32), values=values,

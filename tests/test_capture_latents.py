@@ -212,6 +212,7 @@ def test_both_stages_equal_a_loop(padded: bool) -> None:
 
 def check_first_stage(record: LatentRecord, reads: list[Any]) -> None:
     assert record.heads == (0, 1)
+    assert (record.first, record.length) == (0, len(reads[0][0][0]))
     for g in range(2):
         shown = np.array([list(slot.values()) for slot in reads[0][g]]).T
         np.testing.assert_allclose(record.grid_XSC[g], shown, rtol=1e-4, atol=1e-6)
@@ -237,6 +238,10 @@ def check_first_stage(record: LatentRecord, reads: list[Any]) -> None:
 
 def check_second_stage(record: LatentRecord, by_hand: list[Any], lengths: list[int]) -> None:
     assert record.heads == (0, 1, 2, 3)
+    assert (record.first, record.length) == (
+        CHUNK,
+        lengths[0] - CHUNK,
+    )  # the first chunk has no slots to read
     shares, effective, dead, choices, ranks = [], [], [], [], []
     for h in range(4):
         tokens = [row for _, write, _ in by_hand for row in write[h]]
@@ -305,6 +310,7 @@ def test_failures_cost_pictures_and_no_loads(
     else:
         frozen = MappingProxyType[str, Tensor]({})
         monkeypatch.setattr(LatentSlot, "clear", lambda slot: setattr(slot, "latents", frozen))
+        monkeypatch.setattr(LatentSlot, "__init__", LatentSlot.clear)
     with attach(model, sink, policy=ALL) as probe:
         for _ in range(2):
             model(ids(), ids()).ce.backward()

@@ -73,6 +73,7 @@ def test_slots_show_both_stages_of_the_chosen_head(run: Path, monkeypatch: pytes
     assert "###### Slots read tokens, head 1: sequence 2" in headings  # query heads 2 and 3 share key head 1
     assert "###### Tokens read slots, head 3: sequence 2" in headings
     _, _, read, write = records_of(STEPS[-1])
+    assert plot(app, 3)["layout"]["yaxis"]["ticktext"][:2] == ["↵ 2", "&lt;b> 3"]  # after the first chunk
     shown = numbers(plot(app, 3)["data"][0]["z"])
     np.testing.assert_allclose(shown, write.grid_XSC[3], atol=1 / 500)
     compared = 2.0 ** numbers(plot(app, 2)["data"][0]["z"]) / len(TEXTS)

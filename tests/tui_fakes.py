@@ -272,6 +272,7 @@ class FakeArchive:
             heads=() if mla else (0, 1, 2),
             head=place.head,
             tokens=1024,
+            first=0,
             length=len(texts),
             texts=texts,
             grid_SC=grid_SC.astype(np.float32),

@@ -39,6 +39,8 @@ class LatentSheet:
     """Place in `heads`."""
     tokens: int
     """Tokens behind profile and values."""
+    first: int
+    """Which token of the sequence the first row is."""
     length: int
     """Tokens behind the rows of the picture."""
     texts: tuple[str, ...]

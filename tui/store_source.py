@@ -116,7 +116,7 @@ class StoreArchive:
         head = min(place.head, len(arrays.heads_X) - 1)
         rows = queries.latent_profiles(self._store, block, part, step)
         profile = rows.pivot(index="step", columns="place", values="value").sort_index()
-        texts = queries.trace_arrays(self._store, step, arrays.seq).texts[: arrays.length]
+        texts = queries.trace_arrays(self._store, step, arrays.seq).texts[arrays.first :][: arrays.length]
         return LatentSheet(
             kind=kind,
             part=part,
@@ -126,6 +126,7 @@ class StoreArchive:
             heads=tuple(each for each in arrays.heads_X if each is not None),
             head=head,
             tokens=arrays.tokens,
+            first=arrays.first,
             length=arrays.length,
             texts=texts if len(texts) == arrays.grid_XSC.shape[1] else (),
             grid_SC=arrays.grid_XSC[head],

@@ -70,7 +70,8 @@ for name in [chosen.part] if chosen.info.kind == "mla" else parts_of(chosen.info
         plots.latent_picture(
             grid_SC,
             place=one.place,
-            texts=data.trace(picked.path, chosen.step, found.seq, 0).texts[: found.length],
+            texts=data.trace(picked.path, chosen.step, found.seq, 0).texts[found.first :][: found.length],
+            first=found.first,
             scale=one.scale,
             block=block,
             theme=theme,

@@ -43,6 +43,8 @@ class Stages(NamedTuple):
     """Weights of the chunk's queries on the slots, beside those on near tokens."""
     write_JSM: np.ndarray
     """The same for every token that has slots to read."""
+    first: int
+    """Tokens before those: they have none."""
 
 
 class LatentRecords:
@@ -182,6 +184,7 @@ class LatentRecords:
             heads=piece.heads,
             tokens=writes_JTM.shape[1],
             seq=seq,
+            first=shown.first,
             length=shown.write_JSM.shape[1],
             grid_XSC=blocks(shown.write_JSM, mean=True).astype(np.float32),
             singular_XR=_singular(maps[0]),
@@ -215,6 +218,7 @@ def read_stages(
         read_GSM=weights_GSM / weights_GSM.sum(axis=1, keepdims=True),
         last_JWM=writes[:, queries[queries < start + chunk]],
         write_JSM=writes[:, place[place >= first]],
+        first=int((place < first).sum()),
     )
 
 

@@ -109,6 +109,7 @@ def latent_picture(
     scale: LatentScale,
     texts: Sequence[str] = (),
     block: int = 1,
+    first: int = 0,
     theme: Theme = "dark",
     height: int = 560,
 ) -> go.Figure:
@@ -120,10 +121,11 @@ def latent_picture(
         scale: how values become colours.
         texts: one per row; positions are shown where they are not known or rows are blocks of tokens.
         block: tokens that a row stands for.
+        first: which token of the sequence the first row is.
     """
     rows, cols = grid_SC.shape
     named = block == 1 and len(texts) == rows
-    labels = [_label(at, texts[at]) if named else str(at * block) for at in range(rows)]
+    labels = [_label(first + at, texts[at]) if named else str(first + at * block) for at in range(rows)]
     figure = blank(theme, height, showlegend=False)
     figure.add_heatmap(
         x=np.arange(cols),

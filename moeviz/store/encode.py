@@ -178,7 +178,7 @@ def _(record: LatentRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     codes = np.rint((grid_XSC - lo_X[:, None, None]) * (255 / span_X)[:, None, None]).astype(np.uint8)
     columns: dict[str, Any] = {
         name: [getattr(record, name)] * num
-        for name in ("step", "rank", "layer", "name", "tokens", "seq", "length")
+        for name in ("step", "rank", "layer", "name", "tokens", "seq", "first", "length")
     }
     columns |= {
         "head": list(record.heads) if record.heads else [None] * num,

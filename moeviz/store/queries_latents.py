@@ -25,8 +25,10 @@ class LatentArrays(NamedTuple):
     tokens: int
     """Tokens behind `profile_XC`."""
     seq: int
+    first: int
+    """Token of the sequence that the first row of the picture is."""
     length: int
-    """Tokens of the sequence behind the rows of the picture."""
+    """Tokens behind the rows of the picture."""
     grid_XSC: np.ndarray
     """float32, to 1/510 of the span of each head's picture."""
     singular_XR: np.ndarray
@@ -57,7 +59,7 @@ def latent_arrays(store: Store, step: int, layer: int, name: str) -> LatentArray
     found = store.arrow(
         lambda: (
             f"""
-        SELECT head, tokens, seq, length, rows, cols, singular, profile, lo, hi, grid
+        SELECT head, tokens, seq, first, length, rows, cols, singular, profile, lo, hi, grid
         FROM {store.source("latents", step, step)}
         WHERE step = $step AND layer = $layer AND name = $name AND rank = 0 ORDER BY head"""
         ),
@@ -74,6 +76,7 @@ def latent_arrays(store: Store, step: int, layer: int, name: str) -> LatentArray
         heads_X=tuple(row["head"] for row in rows),
         tokens=rows[0]["tokens"],
         seq=rows[0]["seq"],
+        first=rows[0]["first"],
         length=rows[0]["length"],
         grid_XSC=np.stack(grids).astype(np.float32),
         singular_XR=np.array([row["singular"] for row in rows], dtype=np.float32),

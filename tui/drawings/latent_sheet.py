@@ -54,7 +54,9 @@ def draw_latent_picture(view: LatentView, ink: Ink, width: int, height: int) -> 
         made.append(Line(ink, width).put(_name(sheet, first + at), "muted", _LABEL).extend(row).row())
     made = [*filled(made, ink, width, height - 1), _legend(sheet, ink, width)]
     heads = f" · head {sheet.heads[sheet.head]}" if sheet.heads else ""
-    note = f"tokens {first * _block(sheet)} to {(first + shown) * _block(sheet) - 1} of {sheet.length}"
+    start, block = sheet.first, _block(sheet)
+    last = min((first + shown) * block, sheet.length)
+    note = f"tokens {start + first * block} to {start + last - 1} of {start + sheet.length}"
     return Panel(f"block {sheet.block}{heads} · {_TITLES[sheet.part]}", made, note)
 
 
@@ -64,7 +66,7 @@ def _block(sheet: LatentSheet) -> int:
 
 def _name(sheet: LatentSheet, row: int) -> str:
     if row >= len(sheet.texts):
-        return f"{row * _block(sheet)} "
+        return f"{sheet.first + row * _block(sheet)} "
     text = sheet.texts[row].replace("\n", "⏎")
     return f"{text.strip() or text.replace(' ', '·')}"[: _LABEL - 1]
 
