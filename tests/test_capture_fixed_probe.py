@@ -235,6 +235,23 @@ def test_a_probe_that_fails_costs_nothing_but_itself(caplog: pytest.LogCaptureFi
     assert not probe.attached or probe.failures.count == 3
 
 
+def test_a_probe_inside_autocast_leaves_no_cast_weight_behind() -> None:
+    """autocast keeps cast weights for its region: one that was cast without gradients would never get any."""
+    found = []
+    for probe_batch in (None, {"input_ids_BS": token_ids()}):
+        model = small_model()
+        with attach(model, Kept(), probe_batch=probe_batch) as probe, torch.autocast("cpu", torch.bfloat16):
+            probe.run_probe()
+            step = next(iter(batches(1, 1)))
+            loss = model(step[0].ids_BS, step[0].ids_BS).ce
+            loss.backward()
+            probe.step()
+            assert torch.is_autocast_cache_enabled()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]), "every weight still has a gradient"
+    assert all(torch.equal(mine, its) for mine, its in zip(*found, strict=True))
+
+
 def test_compiled_training_gets_no_graph_more() -> None:
     import torch._dynamo
 
