@@ -28,11 +28,11 @@ def unit_noise(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
     return series
 
 
-def scalar_false_alarms(steps: int) -> dict[str, dict[str, float]]:
+def scalar_false_alarms(steps: int, seed: int = 0) -> dict[str, dict[str, float]]:
     """Alarms per 10,000 steps of a loss that falls and a gradient norm that stays, by kind of noise."""
     table = {}
-    for seed, kind in enumerate(("gauss", "t5", "ar")):
-        rng = np.random.default_rng(seed)
+    for number, kind in enumerate(("gauss", "t5", "ar")):
+        rng = np.random.default_rng(number + 100 * seed)
         loss = (2 + 2 * np.exp(-np.arange(steps) / 3000)) * (1 + 0.01 * unit_noise(kind, steps, rng))
         norm = np.exp(0.15 * unit_noise("ar" if kind == "ar" else "gauss", steps, rng))
         detector, raised = ScalarDetector(), dict.fromkeys(RULES, 0)
@@ -44,9 +44,9 @@ def scalar_false_alarms(steps: int) -> dict[str, dict[str, float]]:
     return table
 
 
-def scalar_delays() -> dict[str, int | None]:
+def scalar_delays(seed: int = 0) -> dict[str, int | None]:
     """Steps until a rising loss is called diverging and a growing gradient norm an explosion."""
-    rng, after = np.random.default_rng(0), np.arange(8000) - ONSET
+    rng, after = np.random.default_rng(seed), np.arange(8000) - ONSET
     table: dict[str, int | None] = {}
     for rate in (1e-3, 3e-4, 1e-4):
         loss = 2 * (1 + np.clip(after, 0, None) * rate) * (1 + 0.01 * rng.normal(size=8000))

@@ -255,9 +255,9 @@ def named(shape: Shape) -> str:
     return "{},{},{}".format(*shape)
 
 
-def run_scalars(steps: int) -> dict[str, Any]:
+def run_scalars(steps: int, seed: int) -> dict[str, Any]:
     """The scalar rules: false alarms and delays, printed."""
-    false_alarms, found = scalar_false_alarms(steps), scalar_delays()
+    false_alarms, found = scalar_false_alarms(steps, seed), scalar_delays(seed)
     print("\nScalar rules: false alarms per 10,000 steps, then steps to detection")
     for kind, row in false_alarms.items():
         print(f"  {kind:<6}" + "  ".join(f"{rule} {count:.2f}" for rule, count in row.items()))
@@ -298,7 +298,7 @@ def main() -> None:
         print(" " * 23 + "".join(f"{title:>19}" for title in LOAD_RULES.values()))
         result["loud"] = run_loud(replicates, seed)
     if part in ("all", "scalars"):
-        result["scalars"] = run_scalars(2 * steps)
+        result["scalars"] = run_scalars(2 * steps, seed)
     bars = alert_bars(result["quiet"], result["loud"])
     result["bars"] = [{**asdict(bar), "holds": bar.holds} for bar in bars]
     result["cpu_seconds"] = time.process_time() - started

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from moeviz.cli import main
 from moeviz.commands.alerts import follow
 from moeviz.records import ModelInfo, ScalarRecord
 from moeviz.store import run as run_module
+from moeviz.store.queries import state_of
 from moeviz.store.reader import open_run
 from moeviz.store.run import resume_run
 from moeviz.store.writer import SegmentWriter
@@ -108,6 +113,37 @@ def test_following_goes_on_while_a_run_is_only_late(path: Path) -> None:
         assert list(follow(store, 0, 2.5, sleep=naps.append, now=lambda: next(clock))) == []
     assert naps == [2.5, 2.5, 2.5]
     assert next(clock, None) is None
+
+
+def test_a_run_whose_process_is_gone_is_dead_as_soon_as_it_is_late(path: Path) -> None:
+    """Of another machine, or of a process that runs, only a long silence tells."""
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    here, late = platform.node(), Step(6).ts + 60
+    for ts, host, pid, expected in (
+        (1.0, here, finished.pid, "dead"),
+        (2.0, here, os.getpid(), "stale"),
+        (3.0, "elsewhere", finished.pid, "stale"),
+        (4.0, here, finished.pid, "dead"),
+    ):
+        write(path, event(5, "started", ts=ts, host=host, pid=pid), *Step(5 + int(ts)).records())
+        with open_run(path) as store:
+            assert state_of(store, Step(5 + int(ts)).ts + 60) == expected
+            assert state_of(store, Step(5 + int(ts)).ts + 1) == "live"
+            assert state_of(store, late + 1e6) == "dead"
+
+
+def test_a_run_that_was_killed_before_its_first_step_is_dead(tmp_path: Path) -> None:
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    path = new_run(tmp_path / "unborn", created=1000.0)
+    with open_run(path) as store:
+        assert state_of(store, 1000.0 + 600) == "waiting"
+        assert state_of(store, 1000.0 + 3601) == "dead"
+    write(path, event(0, "started", host=platform.node(), pid=finished.pid))
+    with open_run(path) as store:
+        assert state_of(store, 1010.0) == "waiting"
+        assert state_of(store, 1031.0) == "dead"
 
 
 def test_following_an_ended_run_says_how_it_ended(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

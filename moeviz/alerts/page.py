@@ -29,7 +29,8 @@ moeviz snapshot RUN --around 1200 --window 50   # what was true around a step: s
 ```
 
 `--follow` ends with the run. A run that was killed never says that it ended: when it is silent for twenty times its
-usual step (two minutes at least) it is presumed dead, a line says so, and the exit status is 1.
+usual step (two minutes at least; half of it when its process is seen to be gone from this machine) it is presumed
+dead, a line says so, and the exit status is 1.
 
 In SQL: `moeviz query RUN "SELECT * FROM alerts"`. The dashboards and `moeviz tui` show the same alerts. A rule that is
 open in more than half of the layers is told as one line.

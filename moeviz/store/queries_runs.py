@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -89,16 +91,41 @@ def end_status(store: Store) -> str | None:
 
 
 def state_of(store: Store, now: float) -> RunState:
-    """How a run fares; `dead` is presumed, and also said of a run that never began a step.
+    """How a run fares; a run that fell silent is `dead` at once when its process is seen to be gone from this machine.
+
+    A run that never began a step is presumed dead as well, in the end.
 
     Args:
         now: seconds since the epoch.
     """
+    gone = _process_gone(
+        store
+    )  # before the question whether it ended: what a process said is there when it is gone
     last_ts, interval = step_rhythm(store)
     state = run_state(last_ts, interval, has_ended(store), now)
-    if state == "waiting" and now - store.info.created > UNBORN_SECONDS:
+    silent = now - store.info.created
+    if state == "waiting" and silent > (STALE_SECONDS if gone else UNBORN_SECONDS):
         return "dead"
-    return state
+    return "dead" if gone and state == "stale" else state
+
+
+def _process_gone(store: Store) -> bool:
+    """Whether the process of the newest attempt ran on this machine and does so no more."""
+    said = store.frame(
+        lambda: (
+            f"""SELECT detail->>'host' AS host, (detail->>'pid')::BIGINT AS pid FROM {store.source("events")}
+        WHERE kind IN ('started', 'resumed') ORDER BY ts DESC LIMIT 1"""
+        )
+    )
+    if said.empty or said["host"].iloc[0] != platform.node() or not said["pid"].iloc[0] > 0:
+        return False
+    try:
+        os.kill(int(said["pid"].iloc[0]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def list_runs(folder: str | Path) -> pd.DataFrame:
