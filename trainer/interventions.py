@@ -6,7 +6,7 @@ a run that needs more needs a person.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def respond(parts: Assembly, step: int, taken: StepTaken, progress: Progress) ->
     Returns:
         Why the run is to stop, if it is.
     """
-    judge, standing = parts.judge, parts.standing
+    judge = parts.judge
     if judge is None:
         return None
     judge.observe(
@@ -49,27 +49,31 @@ def respond(parts: Assembly, step: int, taken: StepTaken, progress: Progress) ->
         model=parts.engine.module,
     )
     stop: str | None = None
-    due: list[tuple[AlertRecord, Response, str]] = []
-    open_keys: set[str] = set()
-    for alert in judge.grave:
-        for number, response in enumerate(parts.config.response.responses):
-            if response.rule == alert.rule:
-                key = f"{alert.episode}/{number}"
-                open_keys.add(key)
-                last = standing.responded.get(key)
-                if last is None or step - last >= parts.config.response.respond_every:
-                    due.append((alert, response, key))
-    standing.responded = {key: last for key, last in standing.responded.items() if key in open_keys}
-    for alert, response, key in due:
-        standing.responded[key] = step
+    for alert, response in _due(parts, step, judge.grave):
         told = _act(parts, step, alert, response)
         where = "" if alert.layer is None else f" in layer {alert.layer}"
-        progress.note(
-            f"step {step}: {alert.rule}{where}, so {response.action}" + "".join(f", {x}" for x in told)
-        )
+        progress.note(", ".join([f"step {step}: {alert.rule}{where}, so {response.action}", *told]))
         if response.action == "stop":
             stop = f"{alert.rule}{where} at step {step}: {alert.message}"
     return stop
+
+
+def _due(parts: Assembly, step: int, alerts: Iterable[AlertRecord]) -> list[tuple[AlertRecord, Response]]:
+    """What is to be done about open alerts now, noted as done: at first, and again after a while."""
+    config, before = parts.config.response, parts.standing.responded
+    due, now = [], {}
+    for alert in alerts:
+        for number, response in enumerate(config.responses):
+            if response.rule != alert.rule:
+                continue
+            key = f"{alert.episode}/{number}"
+            now[key] = before.get(key, step)
+            if key not in before or step - before[key] >= config.respond_every:
+                due.append((alert, response))
+                now[key] = step
+    # What is no longer open is forgotten.
+    parts.standing.responded = now
+    return due
 
 
 def _act(parts: Assembly, step: int, alert: AlertRecord, response: Response) -> list[str]:
