@@ -130,6 +130,10 @@ def test_a_field_of_another_version_is_refused() -> None:
             "zero_stage=2 keeps flat shares of them; use --engine torch or --zero-stage 0",
         ),
         (lambda: EngineConfig(engine="deepspeed", dtype="bf16", zero_stage=0), "use zero_stage=1"),
+        (
+            lambda: EngineConfig(engine="deepspeed", auto_batch=True, zero_stage=3),
+            "auto_batch cannot try a micro-batch on divided weights; use --zero-stage 2",
+        ),
         (lambda: TrainConfig(max_steps=0), "max_steps=0 is below 1"),
     ],
 )

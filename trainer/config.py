@@ -211,6 +211,11 @@ class EngineConfig:
         require_rule(
             threads is None or threads >= 1, f"threads={threads}", "is below 1; leave it out for all cores"
         )
+        if self.auto_batch and self.engine == "deepspeed" and self.zero_stage == 3:
+            raise MoevizError(
+                "auto_batch cannot try a micro-batch on divided weights; use --zero-stage 2 or less, or a "
+                "smaller --batch-size"
+            )
         if self.engine == "deepspeed" and self.dtype == "bf16" and self.zero_stage == 0:
             raise MoevizError(
                 "dtype=bf16 with zero_stage=0 starts Adam one step late in DeepSpeed 0.19; use zero_stage=1"
