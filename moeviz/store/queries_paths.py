@@ -24,14 +24,23 @@ _KEY = ["step", "rank", "seq"]
 class _Decisions:
     """Sampled routing of some layers: a row per (layer, step, rank, seq), and the flat lists behind them."""
 
-    def __init__(self, store: Store, layers: Sequence[int], first: int | None, last: int | None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        layers: Sequence[int],
+        first: int | None,
+        last: int | None,
+        weighted: bool = False,
+    ) -> None:
+        """Read steps first..last. Without gate weights, which are half of the bytes, unless `weighted`."""
         for layer in layers:
             num_experts(store, layer)
         wanted = ", ".join(str(int(layer)) for layer in sorted(set(layers)))
+        lists = "experts, weights" if weighted else "experts"
         table = store.arrow(
             lambda: (
                 f"""
-            SELECT layer::INTEGER AS layer, step, rank, seq, n_tokens, k, experts, weights, weight_scale
+            SELECT layer::INTEGER AS layer, step, rank, seq, n_tokens, k, weight_scale, {lists}
             FROM {store.source("routing", first, last)}
             WHERE layer IN ({wanted}) AND {_between(first, last)}"""
             )
@@ -39,16 +48,18 @@ class _Decisions:
         names = ["layer", *_KEY, "n_tokens", "k", "weight_scale"]
         self.rows = table.select(names).to_pandas()
         self._experts, starts = _flat(table["experts"])
-        self._codes, _ = _flat(table["weights"])
+        self._codes = _flat(table["weights"])[0] if weighted else None
         self.rows["start"] = starts
         self.rows = self.rows.sort_values(["layer", *_KEY], ignore_index=True)
 
     def top1(self, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """First expert and gate weight of every token of `rows`, in their order: int64 [T], float64 [T]."""
+        """First expert and gate weight (1 unless `weighted`) of every token of `rows`: int64 [T], float64 [T]."""
         at_T, row_T = _spread(rows["n_tokens"].to_numpy())
         position_T = rows["start"].to_numpy()[row_T] + at_T * rows["k"].to_numpy()[row_T]
-        weights_T = self._codes[position_T] * (rows["weight_scale"].to_numpy()[row_T] / 255)
-        return self._experts[position_T].astype(np.int64), weights_T
+        experts_T = self._experts[position_T].astype(np.int64)
+        if self._codes is None:
+            return experts_T, np.ones(len(experts_T))
+        return experts_T, self._codes[position_T] * (rows["weight_scale"].to_numpy()[row_T] / 255)
 
     def chosen(self, rows: pd.DataFrame, size: int) -> Iterator[np.ndarray]:
         """Which experts each token of `rows` chose, float32 0 or 1 [T, E], in chunks of whole sequences."""
@@ -84,7 +95,7 @@ def transitions(
     """
     if len(layers) < 2:
         raise MoevizError(f"layers={list(layers)} has no successive pair; give two or more layers")
-    decisions = _Decisions(store, layers, first, last)
+    decisions = _Decisions(store, layers, first, last, weighted)
     if domain is not None:
         of_domain = store.frame(
             lambda: (
