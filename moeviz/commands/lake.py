@@ -26,8 +26,11 @@ class LakeArguments:
     column `run`. On another machine that mounts the same folder, in any DuckDB:
 
     INSTALL ducklake; INSTALL postgres;
+
     ATTACH 'ducklake:postgres:postgresql://me@db/lake' AS lake (READ_ONLY);
+
     SELECT run, step, avg(entropy_nats) FROM lake.expert_load GROUP BY ALL ORDER BY run, step;
+
     SELECT expert, count(*) FROM lake.mine.decisions WHERE layer = 3 GROUP BY expert;
 
     If it is mounted elsewhere there: (READ_ONLY, DATA_PATH '/its/mount/', OVERRIDE_DATA_PATH true).
@@ -36,13 +39,11 @@ class LakeArguments:
     run: Positional[Path | None] = None
     """A run folder, or a name under ./runs; the newest run there when left out."""
     catalog: str
-    """postgresql://USER@HOST:PORT/DATABASE, postgres:host=... dbname=..., or sqlite:FILE. Passwords belong in
-    ~/.pgpass or PGPASSWORD."""
+    """postgresql://USER@HOST:PORT/DATABASE, postgres:host=... dbname=..., or sqlite:FILE. PGPASSWORD works."""
     name: str | None = None
     """Schema of the run in the lake; its name when left out."""
     data_path: Path | None = None
-    """Folder of the lake's files: for a new catalogue .lake beside the run when left out, for an existing one where
-    this machine mounts it."""
+    """Folder of the lake's files: .lake beside the run for a new catalogue, or where this machine mounts it."""
 
 
 def main(argv: list[str]) -> int:
