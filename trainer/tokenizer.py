@@ -15,6 +15,7 @@ never depends on a cache or on a name that somebody else may change. Sennrich et
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -193,6 +194,7 @@ def _ranks(merges: Iterable[tuple[str, str] | str]) -> dict[bytes, int]:
     return ranks
 
 
+@functools.cache
 def printable_bytes() -> dict[str, int]:
     """GPT-2's table: the character that stands for each byte in a byte-level vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
