@@ -193,9 +193,20 @@ def stage_weights(stages: Stages, chunk: int, slots: int) -> dict[str, Tensor]:
     scores = torch.einsum("gmd,ngsd->ngms", stages.latents_GMD.float(), stages.k_NGSD.float()) * call.scale
     if stages.valid_NS is not None:
         scores = scores.masked_fill(~stages.valid_NS.bool().to(scores.device)[:, None, None], _NOTHING)
-    length = call.q_BHSD.shape[2]
-    writes = [
-        pattern(call, start, start + chunk)[..., at * slots : (at + 1) * slots]
-        for at, start in enumerate(range(0, length, chunk))
-    ]
+    chunks = -(-call.q_BHSD.shape[2] // chunk)
+    writes = [pattern(_own_chunk(call, at, chunks, chunk, slots))[..., :slots] for at in range(chunks)]
     return {"scores": scores, "writes": torch.cat(writes, dim=2)}
+
+
+def _own_chunk(call: AttentionCall, at: int, chunks: int, chunk: int, slots: int) -> AttentionCall:
+    """The queries of one chunk with the only keys that they see: their slots, then the chunk's own tokens."""
+    queries = slice(at * chunk, (at + 1) * chunk)
+    tokens = slice(chunks * slots + queries.start, chunks * slots + queries.stop)
+    own = slice(at * slots, (at + 1) * slots)
+    assert call.mask is not None
+    mask = call.mask[:, :, queries]
+    return call._replace(
+        q_BHSD=call.q_BHSD[:, :, queries],
+        k_BGCD=torch.cat((call.k_BGCD[:, :, own], call.k_BGCD[:, :, tokens]), dim=2),
+        mask=torch.cat((mask[..., own], mask[..., tokens]), dim=-1),
+    )
