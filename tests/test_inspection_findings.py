@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations, pairwise
 from math import log
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from test_inspection_trace import VOCAB, opened, tiny_model
 from torch import Tensor
 from transformers.models.switch_transformers.modeling_switch_transformers import load_balancing_loss_func
 
+from model.config import ModelConfig, RouterConfig
+from model.lm import MoELanguageModel
 from moeviz.capture.sites import find_sites
 from moeviz.errors import MoevizError
 from moeviz.inspection import findings
+from moeviz.inspection.analysis import analyze
 from moeviz.inspection.checkpoint import OpenedCheckpoint
 from moeviz.inspection.decisions import balance_losses, decisions, pooled_loss
 from moeviz.inspection.expert_weights import gradient_norms, router_rows, weights_apart
@@ -344,3 +348,21 @@ def test_reading_the_probe_predicts_what_the_model_does(model: Any, reading: Mod
     np.testing.assert_array_equal(reading.predicted_NS, logits_NSV.argmax(dim=-1).numpy())
     np.testing.assert_allclose(reading.loss_NS, loss_of(model), rtol=1e-5)
     np.testing.assert_allclose(reading.layers[0].logits_TE, logits_of_router(model, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_experts_choose_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=len(VOCAB),
+        dim=16,
+        num_layers=1,
+        num_heads=2,
+        num_experts=4,
+        top_k=2,
+        expert_dim=8,
+        max_seq_len=16,
+        router=RouterConfig(chooser="expert"),
+    )
+    with pytest.raises(MoevizError, match="experts choose their tokens"):
+        analyze(opened(MoELanguageModel(config)), probe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

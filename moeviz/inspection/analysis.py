@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moeviz.capture.sites import Sites, find_sites
+from moeviz.errors import MoevizError
 from moeviz.inspection import findings
 from moeviz.inspection.checkpoint import OpenedCheckpoint
 from moeviz.inspection.decisions import balance_losses, decisions, pooled_loss
@@ -64,10 +65,12 @@ def analyze(
         progress: told after every part.
 
     Raises:
-        MoevizError: a dense model, a folder that holds a run, or a second checkpoint of another shape.
+        MoevizError: a dense model, one whose experts choose their tokens, a folder that holds a run, or a second
+            checkpoint of another shape.
     """
     model = checkpoint.model.eval()
     sites = find_sites(model)
+    _refuse_choosing_experts(sites)
     reading = read_model(model, sites.routers, probe.token_ids_NS, lambda: None)
     found = _of_layers(reading, sites, probe, checkpoint.token_texts, progress)
     found += findings.journeys(reading.layers)
@@ -87,6 +90,16 @@ def analyze(
     _record(checkpoint, probe, run, tuple(found))
     progress("stored")
     return tuple(found)
+
+
+def _refuse_choosing_experts(sites: Sites) -> None:
+    """Nearly all that is asked here is about the k experts that a token chose."""
+    for site in sites.routers:
+        if site.experts_choose:
+            raise MoevizError(
+                f"{site.name} lets experts choose their tokens, so tokens have no k experts to analyse; "
+                "moeviz inspect shows what its experts take"
+            )
 
 
 def _of_layers(
