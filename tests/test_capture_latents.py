@@ -253,6 +253,7 @@ def check_second_stage(record: LatentRecord, by_hand: list[Any], lengths: list[i
         effective.append(math.exp(entropy(part)))
         dead.append(sum(p < 0.02 / SLOTS for p in part))
         choices.append(np.mean([entropy(np.array(row) / sum(row)) / math.log(SLOTS) for row in tokens]))
+        maps = []
         for (read, write, start), length in zip(by_hand, lengths, strict=True):
             last = [
                 row
@@ -260,7 +261,10 @@ def check_second_stage(record: LatentRecord, by_hand: list[Any], lengths: list[i
                 if start <= t < start + CHUNK
             ]
             slots = np.array([list(slot.values()) for slot in read[h // 2]])
-            ranks.append(erank(np.array(last) @ slots))
+            maps.append(np.array(last) @ slots)
+        ranks += [erank(one) for one in maps]
+        singular = np.linalg.svd(maps[0], compute_uv=False)[:SLOTS]
+        np.testing.assert_allclose(record.singular_XR[h], singular, rtol=1e-3, atol=1e-5)
     expected = {
         "slot_share": np.mean(shares),
         "slot_n_eff": np.mean(effective),

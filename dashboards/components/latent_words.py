@@ -60,7 +60,7 @@ PARTS = {
         "1 minus the entropy of what each slot reads: 0 all tokens alike, 1 a single one. Rows light up as slots find "
         "what they look for.",
         "Stage 1. One column per slot: the weight of each token, as the last whole chunk finds it, compared with an "
-        "even share: blue less, orange more. Columns that look alike are copies of each other.",
+        "even share, which is not seen: blue less, orange more. Columns that look alike are copies of each other.",
         "even",
         "weight",
         0.1,
@@ -69,8 +69,8 @@ PARTS = {
         "Tokens read slots",
         "slot",
         "mass",
-        "Share of the attention to slots that each slot gets, compared with an even share: blue less, orange more, "
-        "× none.",
+        "Share of the attention to slots that each slot gets, compared with an even share, which is not seen: blue "
+        "less, orange more, × none.",
         "Stage 2. One row per token: how much it reads of each slot; the rest of its attention goes to near tokens.",
         "weight",
         "even",

@@ -187,7 +187,7 @@ class LatentRecords:
             first=shown.first,
             length=shown.write_JSM.shape[1],
             grid_XSC=blocks(shown.write_JSM, mean=True).astype(np.float32),
-            singular_XR=_singular(maps[0]),
+            singular_XR=_singular(maps[0])[:, : writes_JTM.shape[2]],  # no more directions than slots
             profile_XC=share_JM.astype(np.float32),
             values=values,
         )

@@ -187,7 +187,9 @@ def draw_latent_time(view: LatentView, ink: Ink, width: int, height: int) -> Pan
     rows = [*filled(rows, ink, width, lines), _steps(sheet, ink, width, margin, grid)]
     note = f"{together} a row, the largest shown · " if together > 1 else ""
     return Panel(
-        _PROFILES[sheet.part], rows, note + ("1/8 to 8× even" if scale == "even" else f"0 to {top:.2g}")
+        _PROFILES[sheet.part],
+        rows,
+        note + ("1/8 to 8× even, which is not seen" if scale == "even" else f"0 to {top:.2g}"),
     )
 
 
