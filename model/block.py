@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import ModelConfig
-from model.feedforward import FeedForward
+from model.feedforward import build_dense
 from model.kv_latents import LatentCache
 from model.kv_layer import LayerCache
 from model.latent_attention import LatentAttention
 from model.mla import LatentHeadAttention
 from model.moe import SparseMoE
-from model.norm import RMSNorm
+from model.norm import build_norm
 from model.rope import RopeTables
 from model.router import Routing
 from model.router_draws import RouterDraws
@@ -33,11 +33,11 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.input_layernorm = build_norm(config)
         self.self_attn = _ATTENTIONS[config.attention](config, layer)
-        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = build_norm(config)
         moe = config.is_moe(layer)
-        self.mlp: nn.Module = SparseMoE(config) if moe else FeedForward(config.dim, config.dense_dim)
+        self.mlp: nn.Module = SparseMoE(config) if moe else build_dense(config)
 
     def forward(
         self,

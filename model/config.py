@@ -21,6 +21,7 @@ from model.attention_config import (
     ReachConfig,
     RopeConfig,
 )
+from model.block_config import BlockConfig
 from model.expert_config import ExpertConfig, RouterConfig
 from model.head_config import HeadConfig
 
@@ -64,7 +65,9 @@ class ModelConfig:
     latents: LatentConfig = field(default_factory=LatentConfig)
     """Sizes of attention=latent."""
     norm_eps: float = 1e-5
-    """Added to the mean square in every RMSNorm."""
+    """Added to the mean square, or the variance, in every norm."""
+    block: BlockConfig = field(default_factory=BlockConfig)
+    """What blocks are made of around attention and experts."""
     tie_embeddings: bool = False
     """Use the token embedding as the output matrix too."""
     first_dense_layers: int = 0
@@ -148,6 +151,12 @@ class ModelConfig:
                 "every key head serves the same number of query heads"
             )
         self._check_reach()
+        if self.block.positions == "learned":
+            if self.attention != "gqa":
+                raise ValueError(
+                    f"positions=learned does not fit attention={self.attention}, whose keys carry theirs; use rotary"
+                )
+            return
         if self.rotary_width % 2 or self.rotary_width == 0:
             name = "qk_rope_head_dim" if self.attention == "mla" else "head_dim"
             share = "" if self.rope.rotary_share == 1 else f" of which rotary_share={self.rope.rotary_share}"
@@ -214,6 +223,8 @@ class ModelConfig:
     @property
     def rotary_width(self) -> int:
         """Width of what they do turn."""
+        if self.block.positions == "learned":
+            return 0
         share = 1.0 if self.attention == "mla" else self.rope.rotary_share
         return int(self.rope_head_width * share)
 
@@ -258,7 +269,9 @@ class ModelConfig:
 
     def _parameters_with(self, experts: int) -> int:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
-        block = self._attention_parameters() + 2 * self.dim
+        norm = self.dim * (2 if self.block.norm == "layer" else 1)
+        places = self.max_seq_len * self.dim if self.block.positions == "learned" else 0
+        block = self._attention_parameters() + 2 * norm
         matrices = 2 if self.router.router_noise == "shazeer" else 1
         router = self.num_experts * (matrices * self.dim + self.router.router_bias)
         expert = 3 * self.dim * self.expert_dim
@@ -266,10 +279,15 @@ class ModelConfig:
             expert += 2 * self.expert_dim + self.dim
         shared = 3 * self.dim * self.shared_dim + self.dim * self.experts.shared_expert_gate
         moe = router + experts * expert + shared
-        dense = (self.num_layers - self.num_moe_layers) * 3 * self.dim * self.dense_dim
+        dense = (self.num_layers - self.num_moe_layers) * self._dense_parameters()
         layers = self.num_layers * block + self.num_moe_layers * moe + dense
         contrastive = self.dim * (self.dim + self.heads.contrastive_width)
-        return embeddings + layers + self.dim + (contrastive if self.heads.contrastive_width else 0)
+        return embeddings + places + layers + norm + (contrastive if self.heads.contrastive_width else 0)
+
+    def _dense_parameters(self) -> int:
+        if self.block.dense_layer == "gelu":
+            return 2 * self.dim * self.dense_dim + self.dense_dim + self.dim
+        return 3 * self.dim * self.dense_dim
 
     def _attention_parameters(self) -> int:
         if self.attention == "mla":
@@ -314,6 +332,7 @@ class ModelConfig:
 
 
 _NESTED = {
+    "block": BlockConfig,
     "router": RouterConfig,
     "experts": ExpertConfig,
     "heads": HeadConfig,

@@ -32,8 +32,12 @@ def _vectors(config: ModelConfig) -> int:
     biases = config.num_experts * config.router.router_bias
     if config.experts.expert_bias:
         biases += config.top_k * (2 * config.expert_dim + config.dim)
-    layers = config.num_layers * (2 * config.dim + attention) + config.num_moe_layers * biases
-    return layers + config.dim
+    norm = config.dim * (2 if config.block.norm == "layer" else 1)
+    dense = config.dense_dim + config.dim if config.block.dense_layer == "gelu" else 0
+    layers = config.num_layers * (2 * norm + attention) + config.num_moe_layers * biases
+    layers += (config.num_layers - config.num_moe_layers) * dense
+    places = config.max_seq_len * config.dim if config.block.positions == "learned" else 0
+    return layers + norm + places
 
 
 def _attention_matrices(config: ModelConfig) -> int:

@@ -181,6 +181,7 @@ def _check(
 def _shiftable(config: ModelConfig) -> bool:
     """Whether attention asks for distances only, so that padding in front changes nothing."""
     absolute = config.reach.sparsity in ("fixed", "blocks") or config.reach.sink_tokens > 0
+    absolute = absolute or config.block.positions == "learned"
     return config.attention != "latent" and not absolute
 
 

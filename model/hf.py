@@ -51,7 +51,10 @@ def from_hf(
         model = _empty(config, dtype or _dtype_of(files), device)
         state = _state(model)
         stacked = any(name.endswith("mlp.experts.gate_up_proj") for name in files)
-        table = pieces(family, {name: value.shape for name, value in state.items()}, stacked=stacked)
+        bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in files)
+        table = pieces(
+            family, {name: value.shape for name, value in state.items()}, stacked=stacked, bare=bare
+        )
         _check_names(table, files, config, folder)
         _fill(table, files, state)
     return model.eval()
@@ -115,7 +118,8 @@ def _open(folder: Path, stack: ExitStack, device: str) -> dict[str, Any]:
 
 def _dtype_of(files: Mapping[str, Any]) -> torch.dtype:
     """Of the embeddings, as the model's own."""
-    name = next((name for name in files if "embed_tokens" in name), next(iter(files)))
+    embeddings = ("embed_tokens", "wte")
+    name = next((name for name in files if any(each in name for each in embeddings)), next(iter(files)))
     return files[name].get_slice(name)[:0].dtype
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from model.attention_config import LatentConfig, MLAConfig, RopeConfig
 from model.config import ModelConfig
+from model.expert_config import ExpertConfig, RouterConfig
 from model.hf_rope import fixed_base, read_rope, write_rope
 
 Json = Mapping[str, Any]
@@ -33,6 +34,10 @@ class Family:
     """(our part of a tensor's name, theirs)."""
     expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """What the three matrices of an expert are called in a checkpoint."""
+    transposed = False
+    """Whether matrices are stored input first and queries, keys and values as one (GPT-2)."""
+    prefix = ""
+    """What names begin with, left out in checkpoints of the model without its head."""
     interleaved_experts = False
     """Whether experts are stored in GPT-OSS's order: stacked, transposed, gate and up in turns."""
 
@@ -44,12 +49,7 @@ class Family:
 
     def read(self, data: Json) -> ModelConfig:
         """The model of a config.json. Raises ValueError for what this model cannot do."""
-        for key, allowed in {"hidden_act": ("silu",), **self.refused}.items():
-            if data.get(key) not in (None, *allowed):
-                raise ValueError(
-                    f"{key}={data[key]} of this {self.model_type} is not implemented; "
-                    f"{key} can be {' or '.join(str(value) for value in allowed)}"
-                )
+        self.refuse(data)
         base, rope = read_rope(data, rotary_share=self.rotary_share)
         shared = {
             "vocab_size": data["vocab_size"],
@@ -67,6 +67,15 @@ class Family:
             "rope": rope,
         }
         return ModelConfig(**{**shared, **self.special(data)})
+
+    def refuse(self, data: Json) -> None:
+        """Raise ValueError for a value that this model does not compute."""
+        for key, allowed in {"hidden_act": ("silu",), **self.refused}.items():
+            if data.get(key) not in (None, *allowed):
+                raise ValueError(
+                    f"{key}={data[key]} of this {self.model_type} is not implemented; "
+                    f"{key} can be {' or '.join(str(value) for value in allowed)}"
+                )
 
     def special(self, data: Json) -> dict[str, Any]:
         """Fields of `ModelConfig` that this family derives in its own way."""
@@ -110,6 +119,12 @@ class Family:
 
 def comparable(config: ModelConfig) -> ModelConfig:
     """`config` with its defaults filled in and without what does not change the function it computes."""
+    if config.num_moe_layers == 0:
+        dense = config.dense_dim
+        config = replace(config, router=RouterConfig(), experts=ExpertConfig(), num_shared_experts=0)
+        config = replace(config, num_experts=8, top_k=2, expert_dim=256, dense_ffn_dim=dense)
+    if config.block.positions == "learned":
+        config = replace(config, rope=RopeConfig(), rope_base=10_000.0)
     rope, router, experts = config.rope, config.router, config.experts
     if rope.rope_scaling in ("none", "ntk"):
         share, pairs, local = rope.rotary_share, rope.rope_pairs, rope.local_rope_base

@@ -31,18 +31,25 @@ class Piece(NamedTuple):
     of_ours: View = _whole
 
 
-def pieces(family: Family, shapes: Mapping[str, Size], *, stacked: bool = False) -> list[Piece]:
+def pieces(
+    family: Family, shapes: Mapping[str, Size], *, stacked: bool = False, bare: bool = False
+) -> list[Piece]:
     """The whole table for a model.
 
     Args:
         family: whose names and layouts.
         shapes: of our state dict, a tied output matrix left out.
         stacked: experts in two stacks as transformers keeps them in memory, for checkpoints saved so.
+        bare: names without the family's prefix, for checkpoints saved so.
     """
     table: list[Piece] = []
     for name, shape in shapes.items():
         hub = family.hub_name(name)
-        if ".mlp.experts." not in name:
+        if bare:
+            hub = hub.removeprefix(family.prefix)
+        if family.transposed:
+            table.append(_input_first(hub, name, shape))
+        elif ".mlp.experts." not in name:
             table.append(Piece(hub, shape, name))
         elif family.interleaved_experts:
             table += _interleaved(hub, name, shape)
@@ -51,6 +58,18 @@ def pieces(family: Family, shapes: Mapping[str, Size], *, stacked: bool = False)
         else:
             table += _numbered(hub, name, shape, family.expert_names)
     return table
+
+
+def _input_first(hub: str, name: str, shape: Size) -> Piece:
+    """GPT-2's matrices of blocks, [in, out]; those of queries, keys and values stand side by side in one."""
+    part = next((at for at, each in enumerate(("q_proj", "k_proj", "v_proj")) if each in name), None)
+    columns = slice(None) if part is None else slice(part * shape[0], (part + 1) * shape[0])
+    width = shape[0] if part is None else 3 * shape[0]
+    if len(shape) == 1:
+        return Piece(hub, Size((width,)), name, of_hub=lambda row: row[columns])
+    if "_proj" not in name:
+        return Piece(hub, shape, name)
+    return Piece(hub, Size((shape[1], width)), name, of_hub=lambda matrix: matrix[:, columns].t())
 
 
 def _numbered(hub: str, name: str, shape: Size, names: tuple[str, str, str]) -> Iterator[Piece]:

@@ -147,6 +147,10 @@ def _check(config: ModelConfig, storage: Storage, folder: Path | None, eviction:
             f"storage={storage}, eviction={eviction} do not fit attention=latent, whose cache has a constant "
             "size; leave them out"
         )
+    if eviction is not None and config.block.positions == "learned":
+        raise ValueError(
+            f"eviction={eviction} does not fit positions=learned, which end at max_seq_len; use rotary positions"
+        )
     if eviction is not None and (config.reach.window is not None or config.reach.sparsity != "none"):
         raise ValueError(
             f"eviction={eviction} does not fit a model with a window or a pattern, which forgets by itself; "

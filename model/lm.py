@@ -22,7 +22,7 @@ from model.head import LMHead
 from model.kv_cache import KVCache
 from model.losses import balance_losses, expert_counts, sequence_balance_losses, z_losses
 from model.masks import Reach, document_numbers, visible_in_documents
-from model.norm import RMSNorm
+from model.norm import build_norm
 from model.rope import RopeTables, rope_tables
 from model.router import Routing
 from model.router_draws import DrawSource, RouterDraws
@@ -58,8 +58,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.block.positions == "learned"
+        self.embed_positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = build_norm(config)
         self.draws = DrawSource(config) if config.router.draws else None
         self.recompute = False
         """Whether training recomputes each block in backward to save its activations."""
@@ -73,7 +75,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         documents_BS: Tensor | None = None,
     ) -> DecoderOutput:
-        hidden_BSD = self.embed_tokens(input_ids_BS)
+        hidden_BSD = self._embed(input_ids_BS, cache)
         if documents_BS is None and self.document_end is not None and cache is None:
             documents_BS = document_numbers(input_ids_BS, self.document_end)
         readable = self._readable(documents_BS, valid_BC, cache)
@@ -89,6 +91,19 @@ class Decoder(nn.Module):
             if routing is not None:
                 routings.append(routing)
         return DecoderOutput(self.norm(hidden_BSD), tuple(routings))
+
+    def _embed(self, input_ids_BS: Tensor, cache: KVCache | None) -> Tensor:
+        hidden_BSD = self.embed_tokens(input_ids_BS)
+        if self.embed_positions is None:
+            return hidden_BSD
+        start = 0 if cache is None else cache.length
+        stop = start + input_ids_BS.shape[1]
+        if stop > self.config.max_seq_len:
+            raise ValueError(
+                f"{stop} tokens exceed max_seq_len={self.config.max_seq_len}, the places that positions=learned knows; "
+                "shorten the text, or train with rotary positions"
+            )
+        return hidden_BSD + self.embed_positions(torch.arange(start, stop, device=input_ids_BS.device))
 
     def _draw(self, input_ids_BS: Tensor) -> Iterator[RouterDraws] | None:
         """Each MoE layer's random numbers, in training where the config asks for some."""

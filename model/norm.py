@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.config import ModelConfig
 from model.precision import at_least_float32, no_autocast
 
 _FEW = 1 << 14
@@ -67,3 +68,9 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """The norm in front of a sublayer, or behind the last one."""
+    kind = nn.LayerNorm if config.block.norm == "layer" else RMSNorm
+    return kind(config.dim, config.norm_eps)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from model.attention_config import LatentConfig, MLAConfig, ReachConfig, RopeConfig
+from model.block_config import BlockConfig
 from model.config import ModelConfig
 from model.expert_config import ExpertConfig, RouterConfig
 
@@ -275,6 +276,38 @@ def gpt_oss_tiny() -> ModelConfig:
     )
 
 
+def gpt2() -> ModelConfig:
+    """GPT-2's smallest (Radford et al. 2019), dense, for comparison: 12 layers of width 768, 124M parameters."""
+    return ModelConfig(
+        vocab_size=50_257,
+        dim=768,
+        num_layers=12,
+        num_heads=12,
+        max_seq_len=1024,
+        attention_bias="all",
+        tie_embeddings=True,
+        first_dense_layers=12,
+        dense_ffn_dim=4 * 768,
+        block=BlockConfig(norm="layer", positions="learned", dense_layer="gelu"),
+    )
+
+
+def gpt2_tiny() -> ModelConfig:
+    """GPT-2's wiring at the demo's size: what a token costs there it costs here, without experts."""
+    size = demo()
+    return replace(
+        gpt2(),
+        vocab_size=size.vocab_size,
+        dim=size.dim,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        max_seq_len=size.max_seq_len,
+        tie_embeddings=False,
+        first_dense_layers=size.num_layers,
+        dense_ffn_dim=4 * size.dim,
+    )
+
+
 PRESETS: Mapping[str, Callable[[], ModelConfig]] = MappingProxyType(
     {
         "demo": demo,
@@ -293,6 +326,8 @@ PRESETS: Mapping[str, Callable[[], ModelConfig]] = MappingProxyType(
         "deepseek-v3-tiny": deepseek_v3_tiny,
         "glm4-tiny": glm4_tiny,
         "gpt-oss-tiny": gpt_oss_tiny,
+        "gpt2": gpt2,
+        "gpt2-tiny": gpt2_tiny,
     }
 )
 """Every preset by the name that the command line takes."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from model.attention_config import MLAConfig, ReachConfig, RopeConfig
 from model.config import ModelConfig
 from model.expert_config import ExpertConfig, RouterConfig
+from model.presets import gpt2
 
 
 class Claim(NamedTuple):
@@ -33,6 +34,7 @@ CLAIMS: Mapping[str, Claim] = MappingProxyType(
         "deepseek-v3": Claim(671e9, 37e9, "arXiv:2412.19437"),
         "glm-4.5": Claim(355e9, 32e9, "arXiv:2508.06471"),
         "gpt-oss-20b": Claim(20.9e9, 3.6e9, "arXiv:2508.10925"),
+        "gpt2": Claim(124e6, 124e6, "github.com/openai/gpt-2, README"),
     }
 )
 """Claims by the name of a preset or of a model below."""
@@ -140,6 +142,7 @@ PUBLISHED: Mapping[str, ModelConfig] = MappingProxyType(
             router=RouterConfig(score="softmax_topk", router_bias=True),
             experts=ExpertConfig(expert_activation="clamped", expert_bias=True),
         ),
+        "gpt2": gpt2(),
     }
 )
 """Models by name."""

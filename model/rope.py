@@ -39,9 +39,14 @@ def rope_tables(
 ) -> RopeTables:
     """Tables for positions start .. start + length - 1, on the device and in the dtype of `like`.
 
+    Without rotary positions they have width 0, and `rotate` turns nothing.
+
     `local` and `total_length` are those of `inverse_frequencies`. In two-stage latent attention positions
     count from the start of a chunk.
     """
+    if config.rotary_width == 0:
+        none_S0 = like.new_empty(length, 0)
+        return RopeTables(none_S0, none_S0)
     positions_S = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
     if config.attention == "latent":
         total_length = config.latents.latent_chunk
@@ -60,6 +65,8 @@ def rotate(x_BHSD: Tensor, rope: RopeTables, pairs: RopePairs = "halves") -> Ten
     Neighbours come out sorted into halves, queries and keys alike: their products are the same.
     """
     width = rope.cos_SD.shape[-1]
+    if width == 0:
+        return x_BHSD
     if width < x_BHSD.shape[-1]:
         turned, rest = x_BHSD.split((width, x_BHSD.shape[-1] - width), dim=-1)
         return torch.cat((rotate(turned, rope, pairs), rest), dim=-1)

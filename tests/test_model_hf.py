@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from model.config import ModelConfig
 from model.expert_config import ExpertConfig, RouterConfig
 from model.hf import from_hf, to_hf
 from model.lm import MoELanguageModel
+from model.presets import PRESETS
 
 VOCAB, LENGTH = 47, 11
 SHAPE: dict[str, Any] = {
@@ -161,6 +163,13 @@ def _gpt_oss(**changes: Any) -> nn.Module:
     return transformers.GptOssForCausalLM(config)
 
 
+def _gpt2(**changes: Any) -> nn.Module:
+    shape = {name: value for name, value in SHAPE.items() if name not in ("hidden_size", "num_hidden_layers")}
+    shape |= {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    dropped = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **dropped, n_inner=40, **changes))
+
+
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "mixtral": _mixtral,
     "olmoe": _olmoe,
@@ -170,6 +179,7 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
     "gpt_oss": _gpt_oss,
+    "gpt2": _gpt2,
 }
 
 
@@ -221,7 +231,7 @@ def test_a_checkpoint_computes_the_same_here(family: str, tmp_path: Path) -> Non
     shifted_BS = torch.cat((labels_BS[:, 1:], labels_BS.new_full((3, 1), -100)), dim=1)
     ours.train()(ids_BS, shifted_BS, attention_mask_BS=mask_BS).ce.backward()
     theirs(ids_BS, attention_mask=mask_BS, labels=labels_BS).loss.backward()
-    expected = {_our_name(name): parameter.grad for name, parameter in theirs.named_parameters()}
+    expected = _gradients(theirs, family)
     assert expected.keys() == {name for name, _ in ours.named_parameters()}
     for name, parameter in ours.named_parameters():
         twin = _our_layout(name, expected[name], family)
@@ -229,6 +239,32 @@ def test_a_checkpoint_computes_the_same_here(family: str, tmp_path: Path) -> Non
         torch.testing.assert_close(
             parameter.grad, twin, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def _gradients(theirs: nn.Module, family: str) -> dict[str, Tensor]:
+    """Their gradients by our names."""
+    found = {_our_name(name): parameter.grad for name, parameter in theirs.named_parameters()}
+    if family != "gpt2":
+        return found
+    ours: dict[str, Tensor] = {}
+    for name, grad in found.items():
+        name = name.replace("transformer.wte", "model.embed_tokens").replace("wpe", "embed_positions")
+        name = (
+            name.replace("transformer.h.", "model.layers.")
+            .replace("ln_f", "norm")
+            .replace("transformer", "model")
+        )
+        name = name.replace("ln_1", "input_layernorm").replace("ln_2", "post_attention_layernorm")
+        name = name.replace("attn.c_proj", "self_attn.o_proj")
+        name = name.replace("c_fc", "up_proj").replace("mlp.c_proj", "mlp.down_proj")
+        if grad.ndim == 2 and "embed" not in name:
+            grad = grad.t()
+        if "c_attn" in name:
+            for part, rows in zip("qkv", grad.chunk(3), strict=True):
+                ours[name.replace("attn.c_attn", f"self_attn.{part}_proj")] = rows
+        else:
+            ours[name] = grad
+    return ours
 
 
 def _our_name(name: str) -> str:
@@ -395,3 +431,29 @@ def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
     expect("no place for: extra", data, weights | {"extra": torch.zeros(2)})
     norm = "model.norm.weight"
     expect(f"lacks {norm}", data, {name: value for name, value in weights.items() if name != norm})
+
+
+def test_gpt2_as_it_was_published_without_its_head(tmp_path: Path) -> None:
+    """The first checkpoints name no `transformer.` and keep the causal mask among the weights."""
+    theirs = _spread(_gpt2())
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    bare = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    save_file(bare, file)
+    _assert_same_function(from_hf(tmp_path), theirs)
+
+
+def test_a_model_without_experts_is_a_gpt2_whatever_its_experts_would_be(tmp_path: Path) -> None:
+    config = replace(
+        PRESETS["gpt2-tiny"](),
+        **OURS,
+        first_dense_layers=2,
+        num_experts=4,
+        router=RouterConfig(selection_bias=True),
+    )
+    ours = MoELanguageModel(config).eval()
+    to_hf(ours, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.model_type == "gpt2"
+    _assert_same_function(ours, theirs)

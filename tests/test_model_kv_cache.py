@@ -13,6 +13,7 @@ from torch import Tensor
 from model.attention import Attention, attend
 from model.attention_config import LatentConfig, MLAConfig, ReachConfig, RopeConfig
 from model.attention_core import EagerCore
+from model.block_config import BlockConfig
 from model.config import ModelConfig
 from model.kv_cache import KVCache, cache_bytes
 from model.kv_eviction import HeavyHitters, SinksAndRecent, attention_mass
@@ -32,6 +33,10 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "multi-head": {},
     "grouped": {"num_kv_heads": 2, "qk_norm": "head", "attention_bias": "all"},
     "multi-query": {"num_kv_heads": 1},
+    "gpt-2": {
+        "attention_bias": "all",
+        "block": BlockConfig(norm="layer", positions="learned", dense_layer="gelu"),
+    },
     "mla": {"attention": "mla", "mla": MLA, "attention_bias": "qkv"},
     "latent": {
         "attention": "latent",
@@ -62,6 +67,7 @@ COMBINATIONS = [
     (attention, position, reach)
     for attention, position, reach in itertools.product(ATTENTIONS, POSITIONS, REACHES)
     if attention != "latent" or reach == "all"
+    if attention != "gpt-2" or position == "plain"
 ]
 
 
@@ -114,7 +120,7 @@ def test_a_suffix_changes_no_bit_of_the_prefix(attention: str, position: str, re
     assert not torch.allclose(one[:, cut:], other[:, cut:])
 
 
-@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "latent"])
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name not in ("latent", "gpt-2")])
 @pytest.mark.parametrize("reach", ["all", "local-global"])
 def test_left_padding_changes_nothing_that_is_read(attention: str, reach: str) -> None:
     """Without tokens that stay visible: the first positions are those of the padding."""
@@ -210,7 +216,7 @@ def test_a_mapped_cache_lies_in_files(attention: str, reach: str, tmp_path: Path
     assert bool(numbers.any())
 
 
-@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "latent"])
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name not in ("latent", "gpt-2")])
 @pytest.mark.parametrize("eviction", [SinksAndRecent(recent=40), HeavyHitters(heavy=20, recent=20)])
 def test_a_budget_that_is_never_reached_forgets_nothing(attention: str, eviction: Any) -> None:
     model = _model(attention)
@@ -395,3 +401,14 @@ def test_evictions_check_their_numbers() -> None:
         SinksAndRecent(recent=0)
     with pytest.raises(ValueError, match="keeps -1 early positions"):
         HeavyHitters(heavy=-1, recent=2)
+
+
+def test_learned_positions_end() -> None:
+    model = _model("gpt-2")
+    ids_BS = torch.zeros(1, BASE["max_seq_len"] + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"33 tokens exceed max_seq_len=32, .* shorten the text"):
+        model(ids_BS)
+    with pytest.raises(ValueError, match="does not fit positions=learned"):
+        KVCache(model.config, batch_size=1, eviction=SinksAndRecent(sinks=1, recent=4))
+    with pytest.raises(ValueError, match="positions=learned does not fit attention=latent"):
+        ModelConfig(attention="latent", block=BlockConfig(positions="learned"))

@@ -41,6 +41,7 @@ def narrow(config: ModelConfig) -> ModelConfig:
         num_kv_heads=None if config.attention == "mla" else 2,
         head_dim=8,
         num_layers=3 if config.first_dense_layers else 2,
+        first_dense_layers=min(3, config.first_dense_layers),
         max_seq_len=64,
         mla=mla,
         latents=replace(config.latents, latent_chunk=8),
@@ -70,7 +71,7 @@ def test_every_preset_learns_and_generates(name: str) -> None:
 @pytest.mark.parametrize("name", [*PRESETS, *PUBLISHED])
 def test_counts_are_those_of_the_model_itself(name: str) -> None:
     config = PUBLISHED[name] if name in PUBLISHED else PRESETS[name]()
-    shallow = replace(config, num_layers=config.first_dense_layers + 1)
+    shallow = replace(config, num_layers=min(config.num_layers, config.first_dense_layers + 1))
     with torch.device("meta"):
         model = MoELanguageModel(shallow)
     assert shallow.num_parameters() == sum(p.numel() for p in model.parameters())
