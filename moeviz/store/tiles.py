@@ -52,7 +52,7 @@ def _rearranged(rows: pa.Table, at_R: np.ndarray) -> pa.Table:
         return rows.take(pa.array(at_R))
     lengths = np.diff(starts, append=len(at_R))
     stretches = zip(at_R[starts].tolist(), lengths.tolist(), strict=True)
-    return pa.concat_tables(rows.slice(first, length) for first, length in stretches)
+    return pa.concat_tables(rows.slice(first, length) for first, length in stretches).combine_chunks()
 
 
 def packed_order(order: tuple[str, ...]) -> tuple[str, ...]:
