@@ -73,12 +73,14 @@ def open_recorder(
         resume_from: first step that is trained again; None for a new run.
         on_alert: called with every transition of an alert, from the thread that writes.
 
+    A model without experts has nothing to route: of it scalars and events are recorded, whatever the config says.
+
     Raises:
         MoevizError: the folder holds a run already, or the one to resume cannot be read.
     """
     plan = run_plan(config)
     rules = config.alerting.rules
-    if config.log_routing:
+    if config.log_routing and config.architecture.num_moe_layers > 0:
         return watch(
             engine.module,
             run,
