@@ -156,7 +156,7 @@ class SequenceRecord:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProbeRecord:
-    """What the routers did with the fixed probe: the same tokens every time, in evaluation mode. No part of any load."""
+    """What the routers did with the fixed probe: the same tokens each time, in evaluation mode. No part of any load."""
 
     step: int
     """Optimizer steps that the weights have seen: under `step` training starts from these weights."""
