@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moeviz.capture.probe_readings import experts_beside
 from moeviz.capture.reading import Reading, RouterSite
 from moeviz.capture.reduce import scores_of, stack
 from moeviz.inspection.trace import logits_of, next_token_loss
@@ -151,7 +152,7 @@ class _Tap:
 
 @contextmanager
 def _tapped(model: nn.Module, site: RouterSite) -> Iterator[_Tap]:
-    experts = _experts_beside(model, site)
+    experts = experts_beside(model, site)
     tap = _Tap(site, experts)
     handles = [site.module.register_forward_hook(tap.router, with_kwargs=True)]
     if experts is not None:
@@ -161,15 +162,6 @@ def _tapped(model: nn.Module, site: RouterSite) -> Iterator[_Tap]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _experts_beside(model: nn.Module, site: RouterSite) -> nn.Module | None:
-    """The module called `experts` next to the router, if it is called as experts(x, ids, weights)."""
-    parent = dict(model.named_modules()).get(site.name.rpartition(".")[0])
-    experts = getattr(parent, "experts", None)
-    if not isinstance(experts, nn.Module) or isinstance(experts, nn.ModuleList):
-        return None
-    return experts
 
 
 def _array(parts: list[Tensor]) -> np.ndarray:
