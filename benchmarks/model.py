@@ -330,7 +330,13 @@ def layer(config: ModelConfig, dtype: str, rounds: int) -> tuple[list[dict[str, 
 
 def caches() -> list[dict[str, Any]]:
     """Bytes a token that caches really take, beside the formula."""
-    base: dict[str, Any] = {"dim": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "max_seq_len": 1024}
+    base: dict[str, Any] = {
+        "dim": 256,
+        "num_layers": 4,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "max_seq_len": 1024,
+    }
     configs = {
         "full": ModelConfig(**base),
         "sliding 128": ModelConfig(**base, reach=ReachConfig(window=128)),
