@@ -35,7 +35,7 @@ TRAINER_FLAGS = """
 --seq-len --batch-size --gradient-accumulation-steps
 --optimizer --learning-rate --weight-decay --beta1 --beta2 --adam-eps --grad-clip --expert-grad-every
 --schedule --warmup-steps --min-lr-ratio --decay-share --lr-steps
---balance --aux-coef --z-coef --bias-step --orthogonality-coef --contrastive-coef
+--balance --aux-coef --z-coef --bias-step --orthogonality-coef --contrastive-coef --mtp-coef
 --route-every --route-sequences --attention-every --attention-heads --attention-size
 --latent-every --latent-layers --latent-tokens
 --max-decisions-per-second --max-megabytes-per-second --max-run-megabytes
@@ -44,7 +44,7 @@ TRAINER_FLAGS = """
 --eval-every --eval-sequences --probe-every --probe-sequences --save-every --keep-checkpoints --keep-best
 --max-bad-steps --spike-rewind --spike-window --spike-sd --max-rewinds
 --on-alert --respond-every --prune-experts --prune-window
---engine --zero-stage --dtype --auto-batch --gradient-checkpointing --device --threads
+--engine --zero-stage --num-ranks --rank-timeout --dtype --auto-batch --gradient-checkpointing --device --threads
 """
 
 
@@ -113,6 +113,8 @@ def test_a_field_of_another_version_is_refused() -> None:
         (lambda: AlertingConfig(on_alert_url="localhost"), "no address"),
         (lambda: AlertingConfig(on_alert_command=""), "is empty"),
         (lambda: EngineConfig(threads=0), "threads=0 is below 1"),
+        (lambda: EngineConfig(num_ranks=0), "num_ranks=0 is below 1"),
+        (lambda: EngineConfig(rank_timeout=0), "rank_timeout=0 is not positive"),
         (lambda: GuardConfig(max_bad_steps=-1), "max_bad_steps=-1 is negative"),
         (lambda: PruneConfig(prune_experts=("soon=4",)), "is no STEP=EXPERTS"),
         (lambda: TrainConfig(prune=PruneConfig(prune_experts=("5=8",))), "so nothing can leave"),

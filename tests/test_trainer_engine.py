@@ -193,12 +193,6 @@ def resume_equals_going_on(config: TrainConfig, folder: Path) -> None:
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_plain_torch_refuses_a_launcher_with_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(MoevizError, match=r"WORLD_SIZE=2; use --engine deepspeed"):
-        engine_of(config_of())
-
-
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(MoevizError, match=r"device=cuda:99"):
         choose_device("cuda:99")

@@ -6,7 +6,6 @@ recorder attaches its hooks last, so nothing it does can touch the numbers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -27,10 +26,12 @@ from trainer.frozen import freeze
 from trainer.judge import JUDGE_FILE, Judge
 from trainer.micro_batches import largest_that_fits
 from trainer.origin import Origin, find_origin, model_from
+from trainer.process_group import agree_on, join_ranks, launched_ranks, rank_seed
 from trainer.progress import Progress
 from trainer.recorder import Recorder, model_info, open_recorder, run_plan
 from trainer.response_config import Response
-from trainer.resume import CHECKPOINTS, check_resumable, find_checkpoint, run_of
+from trainer.resume import CHECKPOINTS, check_resumable, find_checkpoint, on_ranks, run_of
+from trainer.run_lock import RunLock
 from trainer.schedule import LearningRate, learning_rate_of
 from trainer.standing import Standing
 from trainer.text import Text, open_text
@@ -56,6 +57,8 @@ class Assembly:
     """Alert rules that the run acts on; None where it does not."""
     responders: Mapping[Response, Notifier]
     """Who is told about which of their alerts; on the first rank."""
+    lock: RunLock | None
+    """The run folder is this process's; on the first rank."""
 
     @property
     def checkpoints(self) -> Path:
@@ -73,6 +76,8 @@ class Assembly:
         for notifier in (*self.notifiers, *self.responders.values()):
             notifier.close()
         self.engine.destroy()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def assemble(config: TrainConfig, progress: Progress) -> Assembly:
@@ -82,10 +87,12 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
         MoevizError: see `trainer.train.train`.
     """
     check_trackers(config.tracking.trackers.names)
+    ranks = _ranks(config)
     found = None
     if config.resume is not None:
         found = find_checkpoint(config.resume, config.run, note=progress.note)
-        check_resumable(found, config)
+        config = on_ranks(found, config, ranks)
+        check_resumable(found, config, ranks)
         run = run_of(found)
     else:
         run = _new_folder(config)
@@ -96,6 +103,25 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
     text = open_text(config, tokenizer_file=start.tokenizer_file if start else None)
     engine = _engine(config, text, found, origin, progress)
     engine.module.separate_documents(text.document_end)
+    lock = RunLock(run) if engine.rank == 0 else None
+    try:
+        return _assemble(config, run, text, engine, found, lock, progress)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _assemble(
+    config: TrainConfig,
+    run: Path,
+    text: Text,
+    engine: Engine,
+    found: Checkpoint | None,
+    lock: RunLock | None,
+    progress: Progress,
+) -> Assembly:
+    """The parts that touch the run folder, which is locked now."""
     first_step = found.step if found else 0
     sequences = config.data.sequences_per_step * engine.world_size
     if engine.rank == 0 and (told := text.repetition(config.max_steps, sequences)):
@@ -134,7 +160,19 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
         standing=standing,
         judge=judge,
         responders=_responders(config, run) if engine.rank == 0 else {},
+        lock=lock,
     )
+
+
+def _ranks(config: TrainConfig) -> int:
+    """Processes of this run."""
+    launched, wanted = launched_ranks(), config.engine.num_ranks
+    if wanted is not None and wanted != launched:
+        raise MoevizError(
+            f"num_ranks={wanted}, but {launched} processes run; `moeviz train --num-ranks {wanted}` starts them, or "
+            "leave it out and use a launcher"
+        )
+    return launched
 
 
 def _notifiers(config: TrainConfig, run: Path) -> tuple[Notifier, ...]:
@@ -167,9 +205,10 @@ def _responders(config: TrainConfig, run: Path) -> dict[Response, Notifier]:
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    if config.run is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MoevizError("several ranks would each name their own folder by the clock; give --run FOLDER")
     run = config.run or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    if config.run is None and launched_ranks() > 1:
+        join_ranks(config.engine.rank_timeout)
+        run = agree_on(run)
     if (run / "run.json").exists() or list_checkpoints(run / CHECKPOINTS):
         raise MoevizError(f"{run} already holds a run; go on with --resume {run}, or name another folder")
     return run
@@ -185,16 +224,25 @@ def _engine(
             if origin
             else MoELanguageModel(text.fit(config.architecture))
         )
-        return _built(model, config)
+        engine = _built(model, config)
+        if engine.rank > 0:  # all ranks have drawn the same weights; what they drop differs from here on
+            torch.manual_seed(rank_seed(config.seed, engine.rank))
+        return engine
     if found.text_key != text.key:
         progress.note(
             "the training text is not the one of the checkpoint: going on with the new one, not bit for bit"
         )
     engine = _built(MoELanguageModel(found.model_config), config)
     if found.num_ranks != engine.world_size:
-        raise MoevizError(
-            f"{found.path} was written by {found.num_ranks} ranks, and this is a run of {engine.world_size}; "
-            f"resume with --nproc-per-node {found.num_ranks}"
+        if not engine.any_ranks:
+            raise MoevizError(
+                f"{found.path} was written by {found.num_ranks} ranks, and this is a run of {engine.world_size}; "
+                f"resume with --num-ranks {found.num_ranks}"
+            )
+        progress.note(
+            f"{found.num_ranks} ranks before, {engine.world_size} now: each step still has "
+            f"{config.data.sequences_per_step * engine.world_size} sequences, "
+            f"{config.data.gradient_accumulation_steps} micro-batches of {config.data.batch_size} on each rank"
         )
     restore(found, engine)
     return engine

@@ -34,6 +34,7 @@ from moeviz.errors import MoevizError
 from trainer.checkpoint_folder import commit, discard, prepare, verify
 from trainer.config import TrainConfig
 from trainer.engine import Engine
+from trainer.process_group import rank_seed
 from trainer.standing import Standing
 from trainer.text import Text
 from trainer.tokenizer import Tokenizer, load_tokenizer
@@ -58,7 +59,7 @@ class Checkpoint:
     text_key: str = ""
     """`trainer.text.Text.key` of the data it was trained on."""
     num_ranks: int = 1
-    """Processes that wrote it; DeepSpeed's part can be read by as many only."""
+    """Processes that wrote it."""
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -152,7 +153,11 @@ def restore(found: Checkpoint, engine: Engine) -> None:
     """Put an engine back to the state in which the checkpoint was written, its random generators too."""
     weights = load_file(found.path / WEIGHTS_FILE)
     engine.load_state(with_tied(weights, engine.module.config), found.path)
-    states = torch.load(found.path / f"rng-{engine.rank}.pt", weights_only=True)
+    generators = found.path / f"rng-{engine.rank}.pt"
+    if not generators.exists():  # a rank that was not there before
+        torch.manual_seed(rank_seed(found.config.seed, engine.rank, found.step))
+        return
+    states = torch.load(generators, weights_only=True)
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"], engine.device)

@@ -18,6 +18,7 @@ from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from moeviz.records import Severity
 from trainer.data_mixture import parse_mixture
+from trainer.engine_config import EngineConfig
 from trainer.guard_config import GuardConfig, PruneConfig
 from trainer.optim_config import BalanceConfig, OptimConfig, ScheduleConfig, require_rule
 from trainer.response_config import ResponseConfig
@@ -184,42 +185,6 @@ class CheckpointConfig:
         )
         kept = self.keep_checkpoints
         require_rule(kept >= 1, f"keep_checkpoints={kept}", "is below 1; a run keeps its newest")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """What runs a step."""
-
-    engine: Literal["torch", "deepspeed"] = "torch"
-    """Plain torch, or DeepSpeed with the ZeRO stage below."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed divides among ranks: nothing, optimizer state, gradients too, weights too."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of weights and activations; bf16 and fp16 keep fp32 master weights and an fp32 router."""
-    auto_batch: bool = False
-    """Choose the largest micro-batch that memory holds, at first and whenever it runs out. A step stays
-    batch_size x gradient_accumulation_steps sequences."""
-    gradient_checkpointing: bool = False
-    """Keep one activation of each block and recompute the rest: less memory, about a third more time."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a CUDA device where there is one."""
-    threads: int | None = None
-    """CPU threads of one operation; another number rounds differently. None: OMP_NUM_THREADS, or physical cores."""
-
-    def __post_init__(self) -> None:
-        threads = self.threads
-        require_rule(
-            threads is None or threads >= 1, f"threads={threads}", "is below 1; leave it out for all cores"
-        )
-        if self.auto_batch and self.engine == "deepspeed" and self.zero_stage == 3:
-            raise MoevizError(
-                "auto_batch cannot try a micro-batch on divided weights; use --zero-stage 2 or less, or a "
-                "smaller --batch-size"
-            )
-        if self.engine == "deepspeed" and self.dtype == "bf16" and self.zero_stage == 0:
-            raise MoevizError(
-                "dtype=bf16 with zero_stage=0 starts Adam one step late in DeepSpeed 0.19; use zero_stage=1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,8 @@ class Engine(Protocol):
     device: torch.device
     rank: int
     world_size: int
+    any_ranks: bool
+    """Whether a state can be loaded by another number of ranks than wrote it."""
 
     def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
         """Run one micro-batch with gradients on; `more` is handed to the model."""
@@ -97,21 +99,26 @@ def build_engine(model: MoELanguageModel, config: TrainConfig) -> Engine:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, or a torch device name -> a device that exists.
+    """`auto`, or a torch device name -> a device that exists; without a number, the one of this rank.
 
     Raises:
         MoevizError: no such device on this machine.
     """
     if name == "auto":
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise MoevizError(f"device={name} is no device torch knows; give cpu, cuda or cuda:N") from error
+    if name == "cuda" and torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MoevizError(
-            f"device={name}, but torch sees {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+            f"device={name} means {device} on rank {local_rank}, but torch sees {torch.cuda.device_count()} CUDA "
+            "devices; use cpu or auto, or as many ranks as devices"
         )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives of objects go through the current one
     return device
 
 

@@ -1,9 +1,7 @@
 """DeepSpeed with ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054), on one rank or many.
 
-Start many with `torchrun --nproc-per-node N -m -- moeviz.cli train --run FOLDER ...` (the lone dashes keep
-torchrun from taking --run for its own --run-path); one process needs no launcher. DeepSpeed's own C++
-optimizers and its shared-memory collective are avoided: they are compiled at first use, for minutes, and a
-build that is killed half way leaves a lock on which later runs hang.
+Its own C++ optimizers and its shared-memory collective are avoided: they are compiled at first use, for minutes, and
+a build that is killed half way leaves a lock on which later runs hang.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
@@ -28,6 +25,7 @@ from moeviz.errors import MoevizError, require
 from trainer.config import TrainConfig
 from trainer.engine import Update, choose_device
 from trainer.optim import build_optimizer, forget_rows, set_learning_rate
+from trainer.process_group import join_ranks, local_rank
 
 _TAG = "deepspeed"
 
@@ -39,11 +37,13 @@ class DeepSpeedEngine:
     fp32.
     """
 
+    any_ranks = False
+
     def __init__(self, model: MoELanguageModel, config: TrainConfig) -> None:
-        join_ranks()
+        join_ranks(config.engine.rank_timeout)
         deepspeed = _import_deepspeed()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device = choose_device(config.engine.device, int(os.environ["LOCAL_RANK"]))
+        self.device = choose_device(config.engine.device, local_rank())
         self.module = model.to(self.device)
         self._stage = config.engine.zero_stage
         self._fp16 = config.engine.dtype == "fp16"
@@ -170,32 +170,6 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-
-
-def join_ranks() -> None:
-    """Join the process group of the launcher, or make one of a single rank. Idempotent.
-
-    Without a launcher the five variables that every launcher sets are given here; DeepSpeed would ask for
-    MPI.
-    """
-    if dist.is_initialized():
-        return
-    if "RANK" not in os.environ:
-        alone = {
-            "RANK": 0,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 1,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _free_port(),
-        }
-        os.environ.update({name: str(value) for name, value in alone.items()})
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _import_deepspeed() -> Any:

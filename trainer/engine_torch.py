@@ -1,12 +1,12 @@
-"""Plain torch on one device: autograd, clip_grad_norm_, an optimizer, and nothing between them.
+"""Plain torch, a device for each rank: autograd, clip_grad_norm_, an optimizer, and nothing between them.
 
-The reference that every other engine is compared with.
+The reference that every other engine is compared with. Many ranks hold the same weights and optimizer state, and
+average their gradients after the last micro-batch of a step.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from model.lm import ModelOutput, MoELanguageModel
 from model.prune import Sources, carry_optimizer_state, with_experts
-from moeviz.errors import MoevizError
 from trainer.config import TrainConfig
 from trainer.engine import Update, choose_device
 from trainer.frozen import freeze
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 from trainer.precision import MasterWeights, cast_weights
+from trainer.process_group import average_gradients, join_ranks, launched_ranks, local_rank
 
 _STATE_FILE = "optimizer.pt"
 
@@ -31,16 +32,14 @@ _STATE_FILE = "optimizer.pt"
 class TorchEngine:
     """One process, one device."""
 
-    rank = 0
-    world_size = 1
+    any_ranks = True
 
     def __init__(self, model: MoELanguageModel, config: TrainConfig) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise MoevizError(
-                f"engine=torch runs one process, but WORLD_SIZE={os.environ['WORLD_SIZE']}; "
-                "use --engine deepspeed"
-            )
-        self.device = choose_device(config.engine.device)
+        self.rank, self.world_size = 0, launched_ranks()
+        if self.world_size > 1:
+            join_ranks(config.engine.rank_timeout)
+            self.rank = dist.get_rank()
+        self.device = choose_device(config.engine.device, local_rank())
         self.module = model.to(self.device)
         cast_weights(self.module, config.engine.dtype)
         if config.engine.gradient_checkpointing:
@@ -57,6 +56,8 @@ class TorchEngine:
     def backward(self, loss: Tensor, *, share: float = 1.0, last: bool = True) -> None:
         (loss * (share * self._scale.value)).backward()
         self._masters.collect_gradients()
+        if last and self.world_size > 1:
+            average_gradients([weight for _, weight in self._masters.named()])
 
     def step(self, learning_rate: float) -> Update:
         weights = [weight for _, weight in self._masters.named()]
@@ -110,7 +111,11 @@ class TorchEngine:
         self._masters.publish()
 
     def sum_ranks(self, values: Tensor) -> Tensor:
-        return values
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
 
     def weights(self) -> dict[str, Tensor]:
         with self.evaluating():
@@ -121,6 +126,8 @@ class TorchEngine:
             }
 
     def save_state(self, folder: Path) -> None:
+        if self.rank > 0:
+            return
         state = {
             "optimizer": self._optimizer.state_dict(),
             "masters": self._masters.state(),

@@ -7,7 +7,7 @@ length, rates, balancing and what is recorded may change, because they act from 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from moeviz.errors import MoevizError, RunNotFoundError
@@ -28,6 +28,8 @@ _FIXED = (
     "train_only",
     "seed",
 )
+_PER_RANK = ("batch_size", "gradient_accumulation_steps")
+"""How the sequences of a step are divided."""
 
 
 def find_checkpoint(
@@ -58,8 +60,40 @@ def run_of(found: Checkpoint) -> Path:
     return found.path.resolve().parent.parent
 
 
-def check_resumable(found: Checkpoint, config: TrainConfig) -> None:
+def on_ranks(found: Checkpoint, config: TrainConfig, ranks: int) -> TrainConfig:
+    """The config whose steps hold as many sequences on `ranks` ranks as they did on those that wrote the checkpoint.
+
+    Micro-batches stay as large as they were where that divides a rank's share; what a step reads is the same.
+
+    Raises:
+        MoevizError: the sequences of a step cannot be shared evenly, or the config's sizes make other steps.
+    """
+    then, now = found.config.data, config.data
+    if ranks == found.num_ranks:
+        return config
+    whole = then.sequences_per_step * found.num_ranks
+    if whole % ranks:
+        raise MoevizError(
+            f"a step of {found.path} has {whole} sequences, which {ranks} ranks cannot share evenly; "
+            "use as many ranks as divide it"
+        )
+    share = whole // ranks
+    if any(getattr(now, name) != getattr(then, name) for name in _PER_RANK):
+        if now.sequences_per_step != share:
+            raise MoevizError(
+                f"batch_size={now.batch_size} x gradient_accumulation_steps={now.gradient_accumulation_steps} on "
+                f"{ranks} ranks makes other steps than the {whole} sequences of {found.path}; leave both out"
+            )
+        return config
+    size = max(size for size in range(1, min(then.batch_size, share) + 1) if share % size == 0)
+    return replace(config, data=replace(now, batch_size=size, gradient_accumulation_steps=share // size))
+
+
+def check_resumable(found: Checkpoint, config: TrainConfig, ranks: int | None = None) -> None:
     """Refuse a config that changes what a checkpoint is made of.
+
+    Args:
+        ranks: processes that go on, None for as many as before; another number divides the same steps otherwise.
 
     Raises:
         MoevizError: names the first field that differs.
@@ -67,6 +101,8 @@ def check_resumable(found: Checkpoint, config: TrainConfig) -> None:
     then, now = _flat(asdict(found.config)), _flat(asdict(config))
     for name, value in now.items():
         fixed = name.split(".")[0] in _FIXED or name in _FIXED
+        if ranks not in (None, found.num_ranks) and name.removeprefix("data.") in _PER_RANK:
+            continue
         if fixed and value != then[name]:
             raise MoevizError(
                 f"{name}={value} differs from {then[name]} in {found.path}; "

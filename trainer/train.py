@@ -23,6 +23,7 @@ from trainer.evaluate import DomainLoss, evaluate, evaluation_scalars
 from trainer.guards import note_bad_step
 from trainer.interrupt import Interrupt
 from trainer.interventions import respond
+from trainer.process_group import lost_ranks_told
 from trainer.progress import Progress, Silent, StepReport
 from trainer.pruning import count_usage, prune_if_due
 from trainer.restart import Restart
@@ -92,6 +93,7 @@ def train(
     Raises:
         MoevizError: a bad value, missing data, an existing run folder, a damaged checkpoint, losses that are
             not numbers, or a last checkpoint that could not be written.
+        LostRankError: another rank is gone or does not answer.
     """
     started = time.monotonic()
     course = Course(progress=progress or Silent())
@@ -100,7 +102,8 @@ def train(
     try:
         while True:
             try:
-                run, interrupted = _attempt(config, course, interrupt, restart)
+                with lost_ranks_told():
+                    run, interrupted = _attempt(config, course, interrupt, restart)
                 break
             except Restart as wish:
                 restart, config = wish, replace(config, resume=str(wish.checkpoint), run=None)
