@@ -261,11 +261,20 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Every trained number; a tied output matrix counts once, the selection bias not at all."""
-        return self._parameters_with(self.num_experts)
+        return self._parameters_with(self.num_experts) + self.num_mtp_parameters()
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes through: all but the E - K experts it does not use."""
+        """Parameters that one token passes through: all but the E - K experts it does not use.
+
+        Modules that predict further tokens are left out: nothing passes through them when text is generated.
+        """
         return self._parameters_with(self.top_k)
+
+    def num_mtp_parameters(self) -> int:
+        """Those of the modules that predict further tokens, which share embedding and output matrix."""
+        norm = self.dim * (2 if self.block.norm == "layer" else 1)
+        block = self._attention_parameters() + 2 * norm + self._dense_parameters()
+        return self.heads.mtp_depth * (3 * norm + 2 * self.dim**2 + block)
 
     def _parameters_with(self, experts: int) -> int:
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)

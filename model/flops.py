@@ -16,8 +16,25 @@ def forward_flops(config: ModelConfig, seq_len: int | None = None) -> float:
 
 
 def training_flops(config: ModelConfig, seq_len: int | None = None) -> float:
-    """FLOPs of one token's forward and backward pass."""
-    return 3 * forward_flops(config, seq_len)
+    """FLOPs of one token's forward and backward pass, that of modules for further tokens included."""
+    return 3 * (forward_flops(config, seq_len) + mtp_flops(config, seq_len))
+
+
+def mtp_flops(config: ModelConfig, seq_len: int | None = None) -> float:
+    """FLOPs a token of the forward pass through modules that predict further tokens; 0 without.
+
+    The module of depth k works on all but k positions of a sequence; each has the output matrix to itself.
+    """
+    length = seq_len or config.max_seq_len
+    vectors = config._attention_parameters() - _attention_matrices(config)
+    vectors += 5 * _norm(config) + _dense_biases(config)
+    depth = config.heads.mtp_depth
+    matrices = config.num_mtp_parameters() // max(depth, 1) - vectors + config.vocab_size * config.dim
+    total = 0.0
+    for cut in range(1, min(depth, length - 1) + 1):
+        attention = _layer_attention_flops(config, config.num_layers - 1, length - cut)
+        total += (2 * matrices + attention) * (length - cut) / length
+    return total
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -32,12 +49,18 @@ def _vectors(config: ModelConfig) -> int:
     biases = config.num_experts * config.router.router_bias
     if config.experts.expert_bias:
         biases += config.top_k * (2 * config.expert_dim + config.dim)
-    norm = config.dim * (2 if config.block.norm == "layer" else 1)
-    dense = config.dense_dim + config.dim if config.block.dense_layer == "gelu" else 0
-    layers = config.num_layers * (2 * norm + attention) + config.num_moe_layers * biases
-    layers += (config.num_layers - config.num_moe_layers) * dense
+    layers = config.num_layers * (2 * _norm(config) + attention) + config.num_moe_layers * biases
+    layers += (config.num_layers - config.num_moe_layers) * _dense_biases(config)
     places = config.max_seq_len * config.dim if config.block.positions == "learned" else 0
-    return layers + norm + places
+    return layers + _norm(config) + places
+
+
+def _norm(config: ModelConfig) -> int:
+    return config.dim * (2 if config.block.norm == "layer" else 1)
+
+
+def _dense_biases(config: ModelConfig) -> int:
+    return config.dense_dim + config.dim if config.block.dense_layer == "gelu" else 0
 
 
 def _attention_matrices(config: ModelConfig) -> int:
@@ -55,6 +78,10 @@ def _attention_matrices(config: ModelConfig) -> int:
 
 def attention_flops(config: ModelConfig, seq_len: int) -> float:
     """FLOPs of scores and weighted sums, all layers, mean over the positions of a sequence."""
+    return sum(_layer_attention_flops(config, layer, seq_len) for layer in range(config.num_layers))
+
+
+def _layer_attention_flops(config: ModelConfig, layer: int, seq_len: int) -> float:
     heads = config.num_heads
     if config.attention == "mla":
         pair = 2 * heads * (config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim + config.mla.v_head_dim)
@@ -63,8 +90,8 @@ def attention_flops(config: ModelConfig, seq_len: int) -> float:
     if config.attention == "latent":
         read = 4 * config.latents.num_latents * config.kv_heads * config.head_width
         near = (min(config.latents.latent_chunk, seq_len) + 1) / 2
-        return config.num_layers * (read + pair * (near + config.latents.num_latents))
-    return sum(pair * mean_keys(config, layer, seq_len) for layer in range(config.num_layers))
+        return read + pair * (near + config.latents.num_latents)
+    return pair * mean_keys(config, layer, seq_len)
 
 
 def mean_keys(config: ModelConfig, layer: int, seq_len: int) -> float:

@@ -16,7 +16,12 @@ class HeadConfig:
     hard_negatives: int | None = None
     """Compare a sequence with its so many most similar negatives only. None: with all of the batch."""
 
+    mtp_depth: int = 0
+    """Tokens beyond the next one that are predicted too, each by a block of its own (DeepSeek-V3). 0: none."""
+
     def __post_init__(self) -> None:
+        if self.mtp_depth < 0:
+            raise ValueError(f"mtp_depth={self.mtp_depth} is negative; 0 predicts the next token only")
         if self.contrastive_width < 0:
             raise ValueError(f"contrastive_width={self.contrastive_width} is negative; 0 means no head")
         if self.contrastive_temperature <= 0:

@@ -7,22 +7,22 @@ training needs to know about routing is returned; what a viewer needs passes bet
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from model.block import Block, BlockOutput
+from model.block import Block
 from model.config import ModelConfig
 from model.contrastive import ContrastiveHead, info_nce
 from model.head import LMHead
 from model.kv_cache import KVCache
 from model.losses import balance_losses, expert_counts, sequence_balance_losses, z_losses
 from model.masks import Reach, document_numbers, visible_in_documents
+from model.mtp import MultiTokenPrediction
 from model.norm import build_norm
+from model.recompute import run_block
 from model.rope import RopeTables, rope_tables
 from model.router import Routing
 from model.router_draws import DrawSource, RouterDraws
@@ -38,7 +38,8 @@ class ModelOutput(NamedTuple):
     """float32, nats, detached: loss of predicting `labels_BS` at each position, 0 where the label is -100."""
     aux: dict[str, Tensor]
     """Router losses per MoE layer [L], no coefficients: `balance` (1 is even), `z`, and `orthogonality` where
-    the router asks for it; and the scalar `contrastive` with such a head and labels. Empty without labels."""
+    the router asks for it; and the scalars `contrastive` with such a head and labels, and `mtp`, nats, mean over
+    depths, where the model predicts further tokens, gradients are on and there is no cache. Empty without labels."""
     expert_counts_LE: Tensor
     """int64, detached: valid tokens that chose each expert; rows sum to N * K."""
     correct_BS: Tensor | None = None
@@ -76,9 +77,7 @@ class Decoder(nn.Module):
         documents_BS: Tensor | None = None,
     ) -> DecoderOutput:
         hidden_BSD = self._embed(input_ids_BS, cache)
-        if documents_BS is None and self.document_end is not None and cache is None:
-            documents_BS = document_numbers(input_ids_BS, self.document_end)
-        readable = self._readable(documents_BS, valid_BC, cache)
+        readable = self._readable(self.documents(input_ids_BS, documents_BS, cache), valid_BC, cache)
         ropes = self._ropes(input_ids_BS.shape[1], hidden_BSD, cache)
         draws = self._draw(input_ids_BS)
         routings = []
@@ -87,10 +86,20 @@ class Decoder(nn.Module):
             rope = ropes[self.config.reach.is_local(index)]
             chance = next(draws) if self.config.is_moe(index) and draws is not None else None
             mask = readable[self.config.reach.is_local(index)]
-            hidden_BSD, routing = self._run(block, hidden_BSD, rope, valid_BC, layer_cache, chance, mask)
+            hidden_BSD, routing = run_block(
+                block, self.recompute, hidden_BSD, rope, valid_BC, layer_cache, chance, mask
+            )
             if routing is not None:
                 routings.append(routing)
         return DecoderOutput(self.norm(hidden_BSD), tuple(routings))
+
+    def documents(
+        self, input_ids_BS: Tensor, documents_BS: Tensor | None, cache: KVCache | None
+    ) -> Tensor | None:
+        """The document of each position: as given, or by the token that ends one. None: all is one piece."""
+        if documents_BS is None and self.document_end is not None and cache is None:
+            return document_numbers(input_ids_BS, self.document_end)
+        return documents_BS
 
     def _embed(self, input_ids_BS: Tensor, cache: KVCache | None) -> Tensor:
         hidden_BSD = self.embed_tokens(input_ids_BS)
@@ -139,19 +148,6 @@ class Decoder(nn.Module):
             return everywhere, everywhere
         return everywhere, rope_tables(self.config, start, length, like, local=True)
 
-    def _run(self, block: nn.Module, hidden_BSD: Tensor, rope: RopeTables, *rest: Any) -> BlockOutput:
-        if not (self.recompute and self.training and torch.is_grad_enabled()):
-            return block(hidden_BSD, rope, *rest)
-        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_choice)
-        return checkpoint(block, hidden_BSD, rope, *rest, use_reentrant=False, context_fn=contexts)
-
-
-def _keep_choice(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Save which experts were chosen: recomputed, a tie may fall the other way and change the gradients."""
-    if op == torch.ops.aten.topk.default:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
 
 class MoELanguageModel(nn.Module):
     """A decoder-only Mixture-of-Experts language model, built and initialised from its config."""
@@ -165,6 +161,7 @@ class MoELanguageModel(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         width = config.heads.contrastive_width
         self.contrastive = ContrastiveHead(config.dim, width) if width else None
+        self.mtp = MultiTokenPrediction(config) if config.heads.mtp_depth else None
         self.init_weights()
 
     def forward(
@@ -211,6 +208,11 @@ class MoELanguageModel(nn.Module):
             aux = self._aux(routings, counts_LE, valid_T, len(input_ids_BS), counts_so_far_LE)
             if self.contrastive is not None and sequence_labels_B is not None:
                 aux["contrastive"] = self._contrast(hidden_BSD, valid_T, sequence_labels_B)
+            if self.mtp is not None and cache is None and torch.is_grad_enabled():
+                documents_BS = self.model.documents(input_ids_BS, document_ids_BS, cache)
+                aux["mtp"] = self._predict_further(
+                    hidden_BSD, input_ids_BS, labels_BS, valid_BC, documents_BS
+                )
         return ModelOutput(logits_BSV, ce, token_loss_BS, aux, counts_LE, correct_BS)
 
     def _contrast(self, hidden_BSD: Tensor, valid_T: Tensor | None, labels_B: Tensor) -> Tensor:
@@ -220,6 +222,26 @@ class MoELanguageModel(nn.Module):
         vectors_BP = self.contrastive(hidden_BSD, valid_BS)
         temperature, hard = heads.contrastive_temperature, heads.hard_negatives
         return info_nce(vectors_BP, labels_B, temperature=temperature, hard_negatives=hard)
+
+    def _predict_further(
+        self,
+        hidden_BSD: Tensor,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        valid_BS: Tensor | None,
+        documents_BS: Tensor | None,
+    ) -> Tensor:
+        assert self.mtp is not None
+        losses_K = self.mtp.losses(
+            hidden_BSD,
+            input_ids_BS,
+            labels_BS,
+            embed=self.model.embed_tokens,
+            cross_entropy=lambda hidden, labels: self.lm_head(hidden, labels).ce,
+            valid_BS=valid_BS,
+            documents_BS=documents_BS,
+        )
+        return losses_K.mean()
 
     def _counts(self, routings: Sequence[Routing], valid_T: Tensor | None, device: torch.device) -> Tensor:
         if not routings:
@@ -262,10 +284,14 @@ class MoELanguageModel(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep one activation per block and recompute the rest in backward: less memory, more time."""
-        self.model.recompute = True
+        self._recompute(True)
 
     def gradient_checkpointing_disable(self) -> None:
-        self.model.recompute = False
+        self._recompute(False)
+
+    def _recompute(self, on: bool) -> None:
+        for part in (self.model, *(self.mtp or ())):
+            part.recompute = on
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -160,6 +160,7 @@ def test_losses_of_the_router_and_of_domains_count_where_the_model_has_them() ->
         "z": torch.zeros(2),
         "orthogonality": torch.tensor([1.0, 2.0]),
         "contrastive": torch.tensor(5.0),
+        "mtp": torch.tensor(4.0),
     }
-    config = BalanceConfig(orthogonality_coef=0.5, contrastive_coef=0.1)
-    assert training_loss(Output(torch.tensor(2.0), aux), config).item() == pytest.approx(2 + 1.5 + 0.5)  # type: ignore[arg-type]
+    config = BalanceConfig(orthogonality_coef=0.5, contrastive_coef=0.1, mtp_coef=0.25)
+    assert training_loss(Output(torch.tensor(2.0), aux), config).item() == pytest.approx(2 + 1.5 + 0.5 + 1)  # type: ignore[arg-type]

@@ -18,8 +18,8 @@ from trainer.config import BalanceConfig
 def training_loss(output: ModelOutput, config: BalanceConfig) -> Tensor:
     """Cross-entropy plus weighted auxiliary losses, summed over layers. Scalar, nats.
 
-    SimBal's and the contrastive loss are there where the model has them. A model without experts has no
-    auxiliary losses and trains on cross-entropy alone.
+    SimBal's, the contrastive loss and that of further tokens are there where the model has them. A model without
+    experts has no losses of routers.
     """
     assert output.ce is not None, "a training loss needs labels"
     loss = output.ce
@@ -31,6 +31,8 @@ def training_loss(output: ModelOutput, config: BalanceConfig) -> Tensor:
         loss = loss + config.orthogonality_coef * output.aux["orthogonality"].sum()
     if config.contrastive_coef and "contrastive" in output.aux:
         loss = loss + config.contrastive_coef * output.aux["contrastive"]
+    if config.mtp_coef and "mtp" in output.aux:
+        loss = loss + config.mtp_coef * output.aux["mtp"]
     return loss
 
 

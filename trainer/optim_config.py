@@ -90,8 +90,11 @@ class BalanceConfig:
     """Weight of SimBal's loss on the router's rows, for a model with --orthogonality."""
     contrastive_coef: float = 0.1
     """Weight of the contrastive loss, for a model with --contrastive-width; sequences of one domain belong together."""
+    mtp_coef: float = 0.3
+    """Weight of the loss of further tokens, for a model with --mtp-depth: nats, mean over depths (DeepSeek-V3: 0.3,
+    and 0.1 at the end)."""
 
     def __post_init__(self) -> None:
-        for name in ("aux_coef", "z_coef", "bias_step", "orthogonality_coef", "contrastive_coef"):
+        for name in ("aux_coef", "z_coef", "bias_step", "orthogonality_coef", "contrastive_coef", "mtp_coef"):
             value = getattr(self, name)
             require_rule(value >= 0, f"{name}={value}", "is negative; 0 switches it off")

@@ -113,7 +113,7 @@ def _weights(origin: Origin) -> dict[str, torch.Tensor]:
     return with_tied(weights, origin.model_config)
 
 
-_NEW = ("e_score_correction_bias", "draws._extra_state", "noise_weight", "contrastive.")
+_NEW = ("e_score_correction_bias", "draws._extra_state", "noise_weight", "contrastive.", "mtp.")
 """What a fine-tuning may add to a model: it begins as in a new one, or, for counters, at zero."""
 
 
