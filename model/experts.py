@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.config import ModelConfig
 from model.expert_config import ExpertConfig
@@ -83,8 +84,37 @@ class _ToTokens(torch.autograd.Function):
         return grad_y_ND, grad_weights_N.view_as(weights_TK), None, None
 
 
-def activate(config: ExpertConfig, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """What an expert does between its two products."""
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [gate, up] side by side; backward writes both gradients where they belong.
+
+    Autograd would make them apart and copy them together: a twelfth of the time of an expert.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate_NF, up_NF = gate_up.chunk(2, dim=-1)
+        return F.silu(gate_NF).mul_(up_NF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate_NF, up_NF = gate_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_up)
+        grad_gate_NF, grad_up_NF = grad.chunk(2, dim=-1)
+        h_NF = F.silu(gate_NF)
+        torch.mul(grad_NF, h_NF, out=grad_up_NF)
+        torch.mul(grad_NF, up_NF, out=h_NF)
+        torch.ops.aten.silu_backward.grad_input(h_NF, gate_NF, grad_input=grad_gate_NF)
+        return grad
+
+
+def activate(config: ExpertConfig, gate_up: Tensor) -> Tensor:
+    """What an expert does between its two products, [N, 2F] -> [N, F]."""
+    if config.expert_activation == "swiglu" and not torch.compiler.is_compiling():
+        return _SwiGLU.apply(gate_up)
+    gate_NF, up_NF = gate_up.chunk(2, dim=-1)
     if config.expert_activation == "swiglu":
         return F.silu(gate_NF) * up_NF
     gate_NF = gate_NF.clamp(max=config.swiglu_limit)
@@ -143,7 +173,7 @@ class GroupedExperts(nn.Module):
         gate_up = torch.cat([F.linear(x_1D, into[expert].to(dtype)) for expert in ids])
         if self.gate_up_proj_bias is not None:
             gate_up = gate_up + self.gate_up_proj_bias[ids].to(dtype)
-        h_KF = activate(self.config, *gate_up.chunk(2, dim=-1))
+        h_KF = activate(self.config, gate_up)
         y_KD = torch.cat([F.linear(h_KF[k : k + 1], out_of[e].to(dtype)) for k, e in enumerate(ids)])
         if self.down_proj_bias is not None:
             y_KD = y_KD + self.down_proj_bias[ids].to(dtype)
@@ -166,8 +196,7 @@ class GroupedExperts(nn.Module):
         gate_up = grouped_mm(x_ND, self.gate_up_proj.to(dtype), ends_E)
         if self.gate_up_proj_bias is not None:
             gate_up = gate_up + rows_of(self.gate_up_proj_bias.to(dtype), ends_E, len(x_ND))
-        gate_NF, up_NF = gate_up.chunk(2, dim=-1)
-        y_ND = grouped_mm(activate(self.config, gate_NF, up_NF), self.down_proj.to(dtype), ends_E)
+        y_ND = grouped_mm(activate(self.config, gate_up), self.down_proj.to(dtype), ends_E)
         if self.down_proj_bias is not None:
             y_ND = y_ND + rows_of(self.down_proj_bias.to(dtype), ends_E, len(x_ND))
         return y_ND
