@@ -12,7 +12,8 @@ from moeviz.records import LoadRecord
 from moeviz.store.reader import open_run
 from moeviz.store.writer import SegmentWriter
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+# Last, for scripts there share names with packages.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import faults_run
 import faults_trials

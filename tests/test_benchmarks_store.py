@@ -12,7 +12,8 @@ import pytest
 
 from moeviz.store.reader import open_run
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+# Last, for scripts there share names with packages.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import store as benchmark
 

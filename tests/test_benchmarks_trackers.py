@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+# Last, for scripts there share names with packages.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import tracker_cases
 import trackers
