@@ -32,6 +32,8 @@ COMMANDS = (
         "train", "Train a MoE (presets, any option overridden), with --log-routing to record it.", "train"
     ),
     Command("prepare", "Tokenise text, JSON Lines or a data set ahead of training.", "train"),
+    Command("sweep", "Train one model for each combination of values, and compare them.", "train"),
+    Command("study", "Train a comparison that is ready to run: balance, architecture, experts ...", "train"),
     Command("presets", "List the models to start from: parameters, active parameters, FLOPs.", "train"),
     Command("tui", "Watch a run in the terminal, live or afterwards.", "watch"),
     Command("dash", "Open the dashboards in a browser (loopback only).", "watch"),
