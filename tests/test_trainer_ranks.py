@@ -18,7 +18,8 @@ from moeviz.errors import MoevizError
 from trainer.checkpoint import Checkpoint
 from trainer.config import InputConfig, TrainConfig
 from trainer.data_batches import TokenBatches
-from trainer.process_group import LostRankError, average_gradients, free_port, lost_ranks_told
+from trainer.launch_status import free_port
+from trainer.process_group import LostRankError, average_gradients, lost_ranks_told
 from trainer.resume import check_resumable, on_ranks
 from trainer.run_lock import RunLock
 from trainer.text import open_text

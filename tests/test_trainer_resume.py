@@ -241,7 +241,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path, no_packing: None) -> No
     assert len(counted) == 4 * 2
     assert set(counted["n"]) == {4 * 32 * 2}
     with pytest.raises(MoevizError, match=r"written by 2 ranks, and this is a run of 1"):
-        train(parse(["--resume", str(run), "--max-steps", "6"]))
+        train(parse(["--resume", str(run), "--max-steps", "6", "--num-ranks", "1"]))
 
 
 @pytest.mark.slow

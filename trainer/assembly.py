@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from trainer.process_group import agree_on, join_ranks, launched_ranks, rank_see
 from trainer.progress import Progress
 from trainer.recorder import Recorder, model_info, open_recorder, run_plan
 from trainer.response_config import Response
-from trainer.resume import CHECKPOINTS, check_resumable, find_checkpoint, on_ranks, run_of
+from trainer.resume import CHECKPOINTS, check_resumable, default_folder, find_checkpoint, on_ranks, run_of
 from trainer.run_lock import RunLock
 from trainer.schedule import LearningRate, learning_rate_of
 from trainer.standing import Standing
@@ -205,7 +204,7 @@ def _responders(config: TrainConfig, run: Path) -> dict[Response, Notifier]:
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    run = config.run or Path("runs") / f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    run = config.run or default_folder(config.preset)
     if config.run is None and launched_ranks() > 1:
         join_ranks(config.engine.rank_timeout)
         run = agree_on(run)

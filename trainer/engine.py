@@ -126,11 +126,13 @@ def set_threads(threads: int | None) -> int:
     """Choose the number of CPU threads of one operation, and return it.
 
     Without a value OMP_NUM_THREADS decides, else one thread for each physical core this process may use (two
-    hyper-threads of one core compete for the same multipliers), or fewer where a container grants less time.
+    hyper-threads of one core compete for the same multipliers), or fewer where a container grants less time. Ranks of
+    one machine share its cores.
     """
     if threads is None and "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
-    torch.set_num_threads(threads or min(physical_cores(), cpu_quota()))
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(min(physical_cores(), cpu_quota()) // sharing, 1))
     return torch.get_num_threads()
 
 

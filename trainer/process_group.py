@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,9 +19,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from moeviz.errors import MoevizError
+from trainer.launch_status import free_port
 
-LOST_STATUS = 75
-"""Exit status of a rank that ended because another one did."""
 _BUCKET_ELEMENTS = 8 * 2**20
 _SIGNS = re.compile(
     r"closed by peer|reset by peer|[Cc]onnection refused|Broken pipe|[Tt]imed out|[Tt]imeout|NCCL|ProcessGroup|gloo"
@@ -68,11 +66,10 @@ def join_ranks(timeout_minutes: float = 10.0) -> None:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def leave_ranks() -> None:
+    """Leave the process group, where there is one of several ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.destroy_process_group()
 
 
 def agree_on(path: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 from moeviz.errors import MoevizError, RunNotFoundError
@@ -53,6 +54,11 @@ def find_checkpoint(
     if (path / MANIFEST_FILE).exists() or path.parent.name == CHECKPOINTS:
         return read_checkpoint(path.resolve() if path.is_symlink() else path)
     return _newest_whole(path.parent if path.name == CHECKPOINTS else path, note)
+
+
+def default_folder(preset: str) -> Path:
+    """Where a run goes that was given no folder."""
+    return Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def run_of(found: Checkpoint) -> Path:

@@ -51,6 +51,7 @@ _DESCRIPTION = """Train a Mixture-of-Experts language model.
     moeviz train --preset olmoe-tiny --train-data my-texts/ --max-steps 5000
     moeviz train --train-data shards/web code=repos/ --mixture web=0.7 code=0.3
     moeviz train --resume runs/mine                 go on after a stop, bit for bit
+    moeviz train --num-ranks 2 --run runs/mine      two processes, or GPUs; torchrun and deepspeed do as well
     moeviz train --init-from CHECKPOINT --train-data mine/ --train-only router      ours, or a folder of transformers
 """
 
@@ -62,18 +63,44 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     require("torch", "train", "training")
     config = parse(argv)
+    from trainer.launch import end_with_launcher, is_launched
+
+    if (config.engine.num_ranks or 1) > 1 and not is_launched():
+        return _launch(argv, config)
+    end_with_launcher()
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     from rich.console import Console
 
+    from trainer.launch_status import LOST_STATUS
+    from trainer.process_group import LostRankError, leave_ranks
     from trainer.progress import Silent, open_progress
     from trainer.train import train
 
     is_first = os.environ.get("RANK", "0") == "0"
     console = Console(quiet=not is_first)
-    result = train(config, progress=open_progress(console, config.log_every) if is_first else Silent())
-    if is_first:
-        print(summary(result, config.log_routing), flush=True)
+    try:
+        result = train(config, progress=open_progress(console, config.log_every) if is_first else Silent())
+    except LostRankError as error:
+        _warn(str(error))
+        return LOST_STATUS
+    leave_ranks()
+    if not is_first:
+        return 0
+    print(summary(result, config.log_routing), flush=True)
     return 130 if result.interrupted else 1 if result.stopped_by else 0
+
+
+def _launch(argv: list[str], config: TrainConfig) -> int:
+    """The same command in as many processes as it asks for."""
+    from trainer.launch import launch
+    from trainer.resume import default_folder
+
+    if config.resume is not None:
+        run, words = Path(config.resume).resolve().parent.parent, argv
+    else:
+        run = config.run or default_folder(config.preset)
+        words = argv if config.run is not None else [*argv, "--run", str(run)]
+    return launch(words, ranks=config.engine.num_ranks or 1, run=run, tell=_warn)
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -117,11 +144,14 @@ def _defaults(argv: list[str]) -> TrainConfig:
         raise MoevizError(
             f"--preset {preset} with --resume: a resumed run keeps its values; leave --preset out"
         )
+    from trainer.launch import is_launched
     from trainer.resume import find_checkpoint
 
     run = _value(argv, "--run")
     found = find_checkpoint(resume, Path(run) if run else None, note=_warn)
-    return replace(found.config, resume=str(found.path), run=None)
+    ranks = found.num_ranks if found.num_ranks > 1 and not is_launched() else None
+    engine = replace(found.config.engine, num_ranks=ranks)
+    return replace(found.config, resume=str(found.path), run=None, engine=engine)
 
 
 def _fine_tuning(init_from: str, preset: str | None) -> TrainConfig:
