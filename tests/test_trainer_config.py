@@ -44,7 +44,8 @@ TRAINER_FLAGS = """
 --eval-every --eval-sequences --probe-every --probe-sequences --save-every --keep-checkpoints --keep-best
 --max-bad-steps --spike-rewind --spike-window --spike-sd --max-rewinds
 --on-alert --respond-every --prune-experts --prune-window
---engine --zero-stage --num-ranks --rank-timeout --dtype --auto-batch --gradient-checkpointing --device --threads
+--engine --zero-stage --num-ranks --rank-timeout --dtype --auto-batch --gradient-checkpointing --compile
+--device --threads
 """
 
 
@@ -132,6 +133,10 @@ def test_a_field_of_another_version_is_refused() -> None:
             "zero_stage=2 keeps flat shares of them; use --engine torch or --zero-stage 0",
         ),
         (lambda: EngineConfig(engine="deepspeed", dtype="bf16", zero_stage=0), "use zero_stage=1"),
+        (
+            lambda: EngineConfig(engine="deepspeed", compile=True),
+            "use --engine torch, or leave --compile out",
+        ),
         (
             lambda: EngineConfig(engine="deepspeed", auto_batch=True, zero_stage=3),
             "auto_batch cannot try a micro-batch on divided weights; use --zero-stage 2",

@@ -29,6 +29,9 @@ class EngineConfig:
     batch_size x gradient_accumulation_steps sequences."""
     gradient_checkpointing: bool = False
     """Keep one activation of each block and recompute the rest: less memory, about a third more time."""
+    compile: bool = False
+    """Let torch.compile make one program of the training step: faster after a minute or so of compiling. Evaluation
+    stays as it is. On a CPU it needs a C++ compiler."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a CUDA device where there is one."""
     threads: int | None = None
@@ -45,6 +48,11 @@ class EngineConfig:
             raise MoevizError(
                 "auto_batch cannot try a micro-batch on divided weights; use --zero-stage 2 or less, or a "
                 "smaller --batch-size"
+            )
+        if self.compile and self.engine == "deepspeed":
+            raise MoevizError(
+                "compile needs a model that nobody takes apart, and DeepSpeed gathers weights and gradients by hooks; "
+                "use --engine torch, or leave --compile out"
             )
         if self.engine == "deepspeed" and self.dtype == "bf16" and self.zero_stage == 0:
             raise MoevizError(

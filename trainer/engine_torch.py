@@ -7,7 +7,7 @@ average their gradients after the last micro-batch of a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from model.lm import ModelOutput, MoELanguageModel
 from model.prune import Sources, carry_optimizer_state, with_experts
+from moeviz.errors import MoevizError
 from trainer.config import TrainConfig
 from trainer.engine import Update, choose_device
 from trainer.frozen import freeze
@@ -44,6 +45,7 @@ class TorchEngine:
         cast_weights(self.module, config.engine.dtype)
         if config.engine.gradient_checkpointing:
             self.module.gradient_checkpointing_enable()
+        self._forward = _compiled(self.module) if config.engine.compile else self.module
         self._masters = MasterWeights(self.module)
         self._optimizer = build_optimizer(self._masters.named(), config.optim)
         self._averages = config.optim.optimizer == "schedulefree"
@@ -51,7 +53,8 @@ class TorchEngine:
         self._max_norm = config.optim.grad_clip or float("inf")
 
     def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
-        return self.module(input_ids_BS, labels_BS, **more)
+        forward = self._forward if torch.is_grad_enabled() else self.module
+        return forward(input_ids_BS, labels_BS, **more)
 
     def backward(self, loss: Tensor, *, share: float = 1.0, last: bool = True) -> None:
         (loss * (share * self._scale.value)).backward()
@@ -169,3 +172,26 @@ class TorchEngine:
 
     def destroy(self) -> None:
         self.discard()
+
+
+def _compiled(module: MoELanguageModel) -> Callable[..., ModelOutput]:
+    """The training forward of `module` through torch.compile; the module itself stays as it is.
+
+    Nothing is compiled before the first call, by when the hooks of a probe are in place. Shapes are fixed: a
+    micro-batch of another size is another program.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed  # takes seconds, and is seldom needed
+
+    torch.compiler.reset()  # programs of models trained earlier in this process count against a limit
+    program = torch.compile(module, dynamic=False)
+
+    def forward(*args: Any, **more: Any) -> ModelOutput:
+        try:
+            return program(*args, **more)
+        except BackendCompilerFailed as error:
+            raise MoevizError(
+                f"torch.compile cannot build this model here ({error.inner_exception}); on a CPU it needs a C++ "
+                "compiler such as g++, else leave --compile out"
+            ) from error
+
+    return forward
