@@ -143,6 +143,10 @@ def _assemble(
     # A pruned model begins a folder of its own with a checkpoint in it.
     is_recorded = found is not None and (run / "run.json").exists()
     recorder = open_recorder(config, run, engine, text, first_step if is_recorded else None, on_alert)
+    if config.log_routing and config.architecture.num_moe_layers == 0:
+        progress.note(
+            "this model has no experts, so no routing: losses and the other numbers of its steps are kept"
+        )
     if chosen:
         recorder.event(
             "micro_batch", step=first_step, sequences=standing.micro_batch, reason="largest that fits"
