@@ -53,6 +53,12 @@ PAGES = (
         "compress",
         "What attention keeps in latents: how much of them is used, and by whom.",
     ),
+    (
+        "compare",
+        "Compare",
+        "compare_arrows",
+        "Runs side by side: validation loss, MaxVio, open alerts.",
+    ),
 )
 
 

@@ -16,6 +16,8 @@ from moeviz.colors import Theme
 from moeviz.records import ModelInfo
 
 _T = TypeVar("_T")
+_BETWEEN = "|"
+"""Between names in a link: names of runs hold dashes and commas."""
 _LAST, _NAMES = "link_written", "link_names"
 
 
@@ -42,6 +44,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "head": int,
     "part": str,
     "measure": str,
+    "runs": lambda text: text.split(_BETWEEN),
 }
 
 
@@ -112,7 +115,8 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "1" if value else "0"
     if isinstance(value, list | tuple):
-        return "-".join(map(str, value))
+        between = _BETWEEN if any(isinstance(one, str) for one in value) else "-"
+        return between.join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

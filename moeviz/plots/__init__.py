@@ -12,9 +12,11 @@ from moeviz.plots.experts import coactivation_map, coactivation_rows, domain_bar
 from moeviz.plots.latents import latent_picture, latent_spectrum, latent_time_map
 from moeviz.plots.loads import load_bars, load_river, load_time_map, river_groups
 from moeviz.plots.paths import PathLinks, lift_matrix, path_links, path_sankey, strongest_routes
+from moeviz.plots.runs import MOST_RUNS, run_curves
 from moeviz.plots.settling import domain_time_map, saturation_curves
 
 __all__ = [
+    "MOST_RUNS",
     "PathLinks",
     "alert_spans",
     "attention_map",
@@ -34,6 +36,7 @@ __all__ = [
     "path_links",
     "path_sankey",
     "river_groups",
+    "run_curves",
     "saturation_curves",
     "strongest_routes",
     "token_lifts",
