@@ -44,7 +44,8 @@ TRAINER_FLAGS = """
 --eval-every --eval-sequences --probe-every --probe-sequences --save-every --keep-checkpoints --keep-best
 --max-bad-steps --spike-rewind --spike-window --spike-sd --max-rewinds
 --on-alert --respond-every --prune-experts --prune-window
---engine --zero-stage --num-ranks --rank-timeout --dtype --auto-batch --gradient-checkpointing --compile
+--engine --zero-stage --deepspeed-config --num-ranks --rank-timeout
+--dtype --auto-batch --gradient-checkpointing --compile
 --device --threads
 """
 
@@ -114,6 +115,10 @@ def test_a_field_of_another_version_is_refused() -> None:
         (lambda: AlertingConfig(on_alert_url="localhost"), "no address"),
         (lambda: AlertingConfig(on_alert_command=""), "is empty"),
         (lambda: EngineConfig(threads=0), "threads=0 is below 1"),
+        (
+            lambda: EngineConfig(deepspeed_config=Path("ds.json")),
+            "ds.json with engine=torch would be read by nobody",
+        ),
         (lambda: EngineConfig(num_ranks=0), "num_ranks=0 is below 1"),
         (lambda: EngineConfig(rank_timeout=0), "rank_timeout=0 is not positive"),
         (lambda: GuardConfig(max_bad_steps=-1), "max_bad_steps=-1 is negative"),

@@ -21,6 +21,7 @@ from trainer.checkpoint import Checkpoint, restore
 from trainer.checkpoint_folder import list_checkpoints, set_aside_after
 from trainer.config import TrainConfig
 from trainer.engine import Engine, build_engine, set_threads
+from trainer.engine_deepspeed_config import deepspeed_config
 from trainer.frozen import freeze
 from trainer.judge import JUDGE_FILE, Judge
 from trainer.micro_batches import largest_that_fits
@@ -96,6 +97,8 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
     else:
         run = _new_folder(config)
     config = replace(config, run=run, resume=None)
+    if config.engine.deepspeed_config is not None:
+        deepspeed_config(config, ranks)  # refuses a file that does not fit before anything is built
     set_threads(config.engine.threads)
     origin = find_origin(config.init_from) if config.init_from and not found else None
     start = found or origin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from moeviz.errors import MoevizError
@@ -17,6 +18,8 @@ class EngineConfig:
     """Plain torch, or DeepSpeed with the ZeRO stage below."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed divides among ranks: nothing, optimizer state, gradients too, weights too."""
+    deepspeed_config: Path | None = None
+    """A JSON file of DeepSpeed's, for what has no flag here (monitors, offloading ...); what both decide must agree."""
     num_ranks: int | None = None
     """Processes that share each step, on one machine: one for each GPU, or any number on CPUs. Each takes a step of
     batch_size x gradient_accumulation_steps sequences. None: one, or as many as torchrun or deepspeed started."""
@@ -44,6 +47,11 @@ class EngineConfig:
         )
         require_rule(ranks is None or ranks >= 1, f"num_ranks={ranks}", "is below 1; leave it out for one")
         require_rule(minutes > 0, f"rank_timeout={minutes}", "is not positive; 10 minutes are usual")
+        if self.deepspeed_config is not None and self.engine != "deepspeed":
+            raise MoevizError(
+                f"deepspeed_config={self.deepspeed_config} with engine={self.engine} would be read by nobody; add "
+                "--engine deepspeed"
+            )
         if self.auto_batch and self.engine == "deepspeed" and self.zero_stage == 3:
             raise MoevizError(
                 "auto_batch cannot try a micro-batch on divided weights; use --zero-stage 2 or less, or a "

@@ -24,6 +24,7 @@ from model.lm import ModelOutput, MoELanguageModel
 from moeviz.errors import MoevizError, require
 from trainer.config import TrainConfig
 from trainer.engine import Update, choose_device
+from trainer.engine_deepspeed_config import deepspeed_config
 from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 from trainer.process_group import join_ranks, local_rank
 
@@ -55,8 +56,9 @@ class DeepSpeedEngine:
             self.module.gradient_checkpointing_enable()
         optimizer = build_optimizer(self.module.named_parameters(), config.optim)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=self.module, optimizer=optimizer, config=deepspeed_config(config)
+            model=self.module, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
         )
+        self._loss = torch.zeros((), device=self.device)
 
     def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
         return self._engine(input_ids_BS, labels_BS, **more)
@@ -65,11 +67,13 @@ class DeepSpeedEngine:
         # How many micro-batches a step has may change between steps, so its end is told, not counted.
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * share, scale_wrt_gas=False)
+        self._loss += loss.detach() * share
         if not last:
             self._engine.step()
 
     def step(self, learning_rate: float) -> Update:
         set_learning_rate(self._optimizer, learning_rate)
+        self._tell_monitors()
         norm = float(self._plain_gradient_norm()) if self._stage == 0 and not self._fp16 else None
         if norm is not None and not math.isfinite(norm):
             self.discard()
@@ -80,11 +84,21 @@ class DeepSpeedEngine:
         told = float(self._engine.get_global_grad_norm() if norm is None else norm)
         return Update(told if taken else math.nan, taken, self._loss_scale < before)
 
+    def _tell_monitors(self) -> None:
+        """The loss of the step, to the monitors of the user's DeepSpeed file; DeepSpeed tells them the rate alone."""
+        if self._engine.monitor.enabled:
+            loss = float(self.sum_ranks(self._loss)) / self.world_size
+            self._engine.monitor.write_events(
+                [("Train/Samples/train_loss", loss, self._engine.global_samples)]
+            )
+        self._loss.zero_()
+
     @property
     def _loss_scale(self) -> float:
         return float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
 
     def discard(self) -> None:
+        self._loss.zero_()
         optimizer = self._engine.optimizer
         optimizer.zero_grad()
         self.module.zero_grad()
@@ -153,23 +167,6 @@ class DeepSpeedEngine:
 
     def destroy(self) -> None:
         self._engine.destroy()
-
-
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a run."""
-    return {
-        "train_micro_batch_size_per_gpu": config.data.batch_size,
-        "gradient_accumulation_steps": config.data.gradient_accumulation_steps,
-        "gradient_clipping": config.optim.grad_clip,
-        # Without the check a bf16 step with a gradient that is not a number would be taken.
-        "bf16": {"enabled": config.engine.dtype == "bf16", "check_grad_overflow": True},
-        "fp16": {"enabled": config.engine.dtype == "fp16", "loss_scale": 0},
-        "zero_optimization": {"stage": config.engine.zero_stage},
-        # The optimizer is torch's AdamW, which DeepSpeed has not certified but works with.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-    }
 
 
 def _import_deepspeed() -> Any:

@@ -31,6 +31,7 @@ ALIASES = {
     "--block-size": "--seq-len",
     "--data": "--train-data",
     "--out": "--run",
+    "--deepspeed": "--deepspeed-config",
 }
 """Spellings of other trainers, by what they are called here."""
 
@@ -114,6 +115,8 @@ def parse(argv: list[str]) -> TrainConfig:
     from trainer.config import TrainConfig
 
     argv = _gathered(_with_resume_value(_spelled_out(argv)))
+    if _value(argv, "--deepspeed-config") is not None and _value(argv, "--engine") is None:
+        argv = [*argv, "--engine", "deepspeed"]
     defaults = _defaults(argv)
     config = tyro.cli(
         TrainConfig,
