@@ -16,8 +16,10 @@ from trainer_runs import StopAfter, corpus_cache, no_packing, toy
 
 from moeviz.commands.train import parse
 from moeviz.errors import MoevizError
+from moeviz.records import ModelInfo
 from moeviz.store import queries
 from moeviz.store.reader import open_run
+from moeviz.store.run import RunInfo, create_run
 from trainer.config import TrainConfig
 from trainer.studies import balance, comparison, recipes
 from trainer.studies.balance import ARMS, ArmRun, arm_run, balance_study, judge
@@ -197,6 +199,29 @@ def test_an_outcome_is_what_the_run_recorded(trained: tuple[Path, Trial]) -> Non
     assert found.active_parameters < found.parameters
 
 
+def test_a_dense_run_has_losses_and_no_loads(tmp_path: Path, no_packing: None) -> None:
+    config = toy(
+        tmp_path / "dense", max_steps=2, model={"first_dense_layers": 2}, balance={"balance": "none"}
+    )
+    result = train(config)
+    (tmp_path / "dense" / TRIAL_FILE).write_text("{}")
+    found = outcome_of(Trial(name="dense", words=(), config=config), tmp_path)
+    assert (found.state, found.steps) == ("finished", 2)
+    assert np.isnan(found.maxvio_global)
+    last = result.evaluations[2].values()
+    tokens = sum(each.num_tokens for each in last)
+    assert found.val_loss == pytest.approx(sum(each.loss_nats * each.num_tokens for each in last) / tokens)
+    assert found.parameters == found.active_parameters
+
+
+def test_a_run_without_a_step_says_nothing_yet(tmp_path: Path) -> None:
+    create_run(tmp_path / "fresh", RunInfo(name="fresh", model=ModelInfo(family="moeviz", layers=())))
+    (tmp_path / "fresh" / TRIAL_FILE).write_text("{}")
+    found = outcome_of(checked(Trial(name="fresh", words=SMOKE), parse), tmp_path)
+    assert (found.state, found.steps) == ("begun", 0)
+    assert np.isnan([found.val_loss, found.maxvio_global, found.tokens_per_second]).all()
+
+
 def test_the_tables_of_a_study_hold_every_run(trained: tuple[Path, Trial], tmp_path: Path) -> None:
     folder, trial = trained
     absent = Outcome(run="absent", path=str(tmp_path / "absent"), state="failed", why="it was not begun")
@@ -298,7 +323,7 @@ def test_the_recipes_compare_what_a_token_costs_alike() -> None:
         active = [config.architecture.num_active_parameters() for config in configs]
         assert max(active) <= 1.05 * min(active)
     names = [trial.values["architecture"] for trial in recipes.architecture_study().trials]
-    assert names == ["dense", "MLA + dense", "MoE", "MLA + MoE", "GPT-2"]
+    assert names == ["GPT-2", "dense", "MLA + dense", "MoE", "MLA + MoE"]
     rates = [checked(trial, parse).config for trial in recipes.learning_rate_study().trials]
     assert [config.optim.learning_rate for config in rates if config] == [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 

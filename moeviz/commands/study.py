@@ -22,7 +22,7 @@ _DESCRIPTION = """Train the models of a comparison that is ready to run, and say
 
     moeviz study balance                    no balancing, auxiliary loss, selection bias; seeds 3, 4, 5; about 8 minutes
     moeviz study balance --all              also ten times the loss, and a bias step that is far too large
-    moeviz study architecture --seeds 0 1   dense, MLA + dense, MoE, MLA + MoE, GPT-2 at equal cost of a token
+    moeviz study architecture --seeds 0 1   GPT-2, dense, MLA + dense, MoE, MLA + MoE at equal cost of a token
     moeviz study learning-rate              one MoE at five learning rates
     moeviz study experts                    4 to 32 experts of 32 to 256 at equal active parameters
 

@@ -125,8 +125,8 @@ def arm_run(outcome: Outcome) -> ArmRun:
     """Read what only this study asks from the run's folder."""
     with open_run(outcome.path) as store:
         domains = store.sql(
-            """SELECT max(value) FILTER (name = 'nmi_domain') AS nmi,
-                      max(value) FILTER (name = 'nmi_domain/null_mean') AS null_mean
+            """SELECT coalesce(max(value) FILTER (name = 'nmi_domain'), 'nan') AS nmi,
+                      coalesce(max(value) FILTER (name = 'nmi_domain/null_mean'), 'nan') AS null_mean
             FROM metrics WHERE step = (SELECT max(step) FROM metrics WHERE name = 'nmi_domain')"""
         ).iloc[0]
         raised: dict[tuple[str, int | None], int] = {}

@@ -85,12 +85,12 @@ def global_loads(store: Store, window: int = WINDOW) -> np.ndarray:
 
     Empty, [0, 0], without routing.
     """
-    last = store.sql("SELECT max(step) AS last FROM expert_load")["last"].iloc[0]
-    if last != last or last is None:
+    last = int(store.sql("SELECT coalesce(max(step), -1) AS last FROM expert_load")["last"].iloc[0])
+    if last < 0:
         return np.zeros((0, 0))
-    window = min(window, max(1, (int(last) + 1) // 4))
+    window = min(window, max(1, (last + 1) // 4))
     rows = store.sql(
-        "SELECT layer, counts FROM expert_load WHERE step > ? ORDER BY layer, step", [int(last) - window]
+        "SELECT layer, counts FROM expert_load WHERE step > ? ORDER BY layer, step", [last - window]
     )
     sums_LE = np.stack(
         [np.stack(list(each)).astype(np.int64).sum(axis=0) for _, each in rows.groupby("layer")["counts"]]
@@ -101,13 +101,13 @@ def global_loads(store: Store, window: int = WINDOW) -> np.ndarray:
 def _numbers(store: Store) -> dict[str, Any]:
     loads_LE = global_loads(store)
     found = store.sql(
-        """SELECT arg_max(value, step) FILTER (name = 'val_loss') AS val_loss,
-                  median(value) FILTER (name = 'tokens_per_second') AS tokens_per_second,
-                  max(step) FILTER (name = 'loss') + 1 AS steps FROM scalars"""
+        """SELECT coalesce(arg_max(value, step) FILTER (name = 'val_loss'), 'nan') AS val_loss,
+                  coalesce(median(value) FILTER (name = 'tokens_per_second'), 'nan') AS tokens_per_second,
+                  coalesce(max(step) FILTER (name = 'loss') + 1, 0) AS steps FROM scalars"""
     ).iloc[0]
     open_alerts = [alert for alert in queries.alert_records(store) if alert.cleared_step is None]
     return {
-        "steps": int(found["steps"]) if found["steps"] == found["steps"] else 0,
+        "steps": int(found["steps"]),
         "val_loss": float(found["val_loss"]),
         "tokens_per_second": float(found["tokens_per_second"]),
         "maxvio_global": float(np.mean(loads_LE.max(-1) - 1)) if loads_LE.size else float("nan"),

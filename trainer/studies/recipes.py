@@ -22,11 +22,11 @@ _DENSE = ("--first-dense-layers", "4", "--balance", "none")
 """Every feed-forward layer dense and as wide as the experts that a token uses."""
 
 ARCHITECTURES: Mapping[str, tuple[str, ...]] = {
+    "GPT-2": ("--preset", "gpt2-tiny", "--balance", "none"),
     "dense": ("--preset", "demo", *_DENSE),
     "MLA + dense": ("--preset", "demo-mla", *_DENSE),
     "MoE": ("--preset", "demo"),
     "MLA + MoE": ("--preset", "demo-mla"),
-    "GPT-2": ("--preset", "gpt2-tiny", "--balance", "none"),
 }
 LEARNING_RATES = ("3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 EXPERTS = ((4, 1, 256), (8, 2, 128), (16, 4, 64), (32, 8, 32), (4, 2, 128), (16, 2, 128), (32, 2, 128))
