@@ -90,10 +90,13 @@ def test_a_run_that_cannot_be_read_is_a_row_that_says_so(tmp_path: Path) -> None
 def test_every_run_has_a_look_of_its_own() -> None:
     names = [f"run {at}" for at in range(plots.MOST_RUNS)]
     frame = pd.DataFrame({"run": names, "step": 0, "value": np.arange(plots.MOST_RUNS) * 1.0})
-    figure = plots.run_curves(frame, label="x", log=True)
-    looks = {(line.line.color, line.line.dash) for line in figure.data}
-    assert len(looks) == plots.MOST_RUNS
-    assert len(figure.data[0].x) == 0, "a logarithm leaves out what is not positive"
-    more = pd.concat([frame, pd.DataFrame({"run": ["one more"], "step": [0], "value": [1.0]})])
+    looks = {
+        line.name: (line.line.color, line.line.dash)
+        for line in plots.run_curves(frame, names, label="x").data
+    }
+    assert len(set(looks.values())) == plots.MOST_RUNS
+    logarithmic = plots.run_curves(frame, names, label="x", log=True).data
+    assert [line.name for line in logarithmic] == names[1:], "a logarithm leaves out what is not positive"
+    assert {line.name: (line.line.color, line.line.dash) for line in logarithmic}.items() <= looks.items()
     with pytest.raises(ValueError, match=f"{plots.MOST_RUNS + 1} runs exceed"):
-        plots.run_curves(more, label="x")
+        plots.run_curves(frame, [*names, "one more"], label="x")

@@ -29,7 +29,7 @@ with left:
     draw(
         "Validation loss",
         "Nats per token of held-out text, by the weights of each step. Runs with other tokenizers do not compare.",
-        plots.run_curves(losses.frame, label="nats per token", theme=theme),
+        plots.run_curves(losses.frame, chosen, label="nats per token", theme=theme),
         alt=f"Validation loss of {losses.frame['run'].nunique()} runs over steps.",
         answer=losses,
         key="compare_loss",
@@ -39,7 +39,7 @@ with right:
         "MaxVio of recent loads",
         "Most loaded expert over the even share, minus 1, mean over layers; logarithmic. Runs without experts or "
         "recorded routing have no line.",
-        plots.run_curves(loads.frame, label="MaxVio", log=True, theme=theme),
+        plots.run_curves(loads.frame, chosen, label="MaxVio", log=True, theme=theme),
         alt=f"MaxVio of {loads.frame['run'].nunique()} runs over steps.",
         answer=loads,
         key="compare_maxvio",
