@@ -184,7 +184,15 @@ class Runner:
     @property
     def seconds(self) -> float:
         """Of a turn: processor time, or time on the clock where a GPU does the work."""
-        return statistics.median(self.cpu_seconds if self.who.device == "cpu" else self.wall_seconds)
+        return statistics.median(self.times)
+
+    @property
+    def times(self) -> list[float]:
+        return self.cpu_seconds if self.who.device == "cpu" else self.wall_seconds
+
+    def over(self, other: Runner) -> float:
+        """Its time over the other's, median over the rounds: turns of one round saw the same machine."""
+        return statistics.median(a / b for a, b in zip(self.times, other.times, strict=True))
 
 
 def race(contestants: Sequence[Contestant], rounds: int) -> list[Runner]:
@@ -231,7 +239,7 @@ def compare(
         runners = race(field_of(task, config, dtype, folder, options), options.rounds)
     ours = [runner for runner in runners if runner.who.ours]
     theirs = [runner for runner in runners if not runner.who.ours]
-    best = min(runner.seconds for runner in theirs)
+    best = min(theirs, key=lambda runner: runner.seconds)
     tokens = BATCH * LENGTH if task == "train" else NEW
     name = f"E={config.num_experts} K={config.top_k} {dtype}"
     rows = [
@@ -240,17 +248,17 @@ def compare(
             "shape": name,
             "model": runner.who.name,
             "tokens a second": tokens / runner.seconds,
-            "times the best of transformers": best / runner.seconds,
+            "times the best of transformers": best.over(runner),
             "peak MB": runner.peak_mb,
             **_utilisation(runner, tokens),
         }
         for runner in runners
     ]
-    ratio = best / min(runner.seconds for runner in ours)
+    ratio = best.over(min(ours, key=lambda runner: runner.seconds))
     wanted = TRAIN_BARS[dtype] if task == "train" else DECODE_BAR
     bars = [at_least(f"{task} {name}: best against best", ratio, wanted)]
     if task == "train":
-        eager = min(runner.seconds for runner in theirs if not runner.who.compiled) / ours[0].seconds
+        eager = min(runner.over(ours[0]) for runner in theirs if not runner.who.compiled)
         bars.append(at_least(f"{task} {name}: eager against eager", eager, 1.0))
         memory = ours[0].peak_mb / min(runner.peak_mb for runner in theirs)
         bars.append(Bar(what=f"{task} {name}: peak memory, x theirs", value=memory, at_most=1.0, unit="x"))
