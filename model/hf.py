@@ -27,6 +27,8 @@ from model.lm import MoELanguageModel
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _NO_WEIGHT = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$")
 """Constants that old versions of transformers saved with the weights."""
+_TRAINING_ONLY = ("contrastive.", "mtp.")
+"""Our heads for auxiliary losses: they change no logit, and transformers has no place for them."""
 
 
 def from_hf(
@@ -69,6 +71,8 @@ def to_hf(
 ) -> Path:
     """Save `model` as a folder that transformers' `AutoModelForCausalLM.from_pretrained` opens.
 
+    Heads that only training uses, for further tokens and the contrastive loss, are left out.
+
     Args:
         model: ours.
         folder: made if needed; it must not hold a checkpoint.
@@ -86,7 +90,7 @@ def to_hf(
     if lacking:
         raise ValueError(f"{family} has no {', '.join(lacking)}; leave the family out, or change the model")
     folder.mkdir(parents=True, exist_ok=True)
-    state = _state(model)
+    state = {name: value for name, value in _state(model).items() if not name.startswith(_TRAINING_ONLY)}
     table = pieces(chosen, {name: value.shape for name, value in state.items()})
     _save_shards(_shards(table, state, max_shard_bytes), state, folder)
     config = {**chosen.write(model.config), "dtype": str(model.dtype).removeprefix("torch.")}

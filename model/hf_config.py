@@ -15,6 +15,7 @@ from typing import Any
 from model.attention_config import LatentConfig, MLAConfig, RopeConfig
 from model.config import ModelConfig
 from model.expert_config import ExpertConfig, RouterConfig
+from model.head_config import HeadConfig
 from model.hf_rope import fixed_base, read_rope, write_rope
 
 Json = Mapping[str, Any]
@@ -139,6 +140,7 @@ def comparable(config: ModelConfig) -> ModelConfig:
         config,
         attention_kernel="auto",
         init_std=0.02,
+        heads=HeadConfig(),
         num_kv_heads=config.kv_heads,
         head_dim=None if config.attention == "mla" else config.head_width,
         mla=config.mla if config.attention == "mla" else MLAConfig(),
