@@ -60,4 +60,6 @@ def run_curves(
             hovertemplate="%{fullData.name}<br>step %{x}: %{y:.4g}<extra></extra>",
         )
     figure.update_xaxes(title_text="step", showgrid=False)
-    return figure.update_yaxes(title_text=label, type="log" if log else "linear")
+    # Labels at 1, 2 and 5 of each decade: at every digit they run into each other.
+    scale = {"type": "log", "dtick": "D2"} if log else {"type": "linear"}
+    return figure.update_yaxes(title_text=label, **scale)
