@@ -20,7 +20,7 @@ Name = Literal["balance", "architecture", "learning-rate", "experts"]
 
 _DESCRIPTION = """Train the models of a comparison that is ready to run, and say what came out.
 
-    moeviz study balance                    no balancing, auxiliary loss, selection bias; seeds 3, 4, 5; about 8 minutes
+    moeviz study balance                    no balancing, auxiliary loss, selection bias; seeds 3, 4, 5; about 5 minutes
     moeviz study balance --all              also ten times the loss, and a bias step that is far too large
     moeviz study architecture --seeds 0 1   GPT-2, dense, MLA + dense, MoE, MLA + MoE at equal cost of a token
     moeviz study learning-rate              one MoE at five learning rates
@@ -125,8 +125,9 @@ def report(outcomes: Sequence[Outcome], findings: Sequence[Finding], folder: Pat
             console.print(f"{outcome.run}: {outcome.state}, {outcome.why}", markup=False, soft_wrap=True)
     console.print(findings_table(findings))
     console.print(
-        f"  {folder}/comparison.parquet, curves.parquet    all of them", markup=False, highlight=False
+        f"  moeviz dash {folder}    side by side on its page Compare", markup=False, highlight=False
     )
+    console.print(f"  {folder}/comparison.parquet, curves.parquet", markup=False, highlight=False)
 
 
 def _known(value: object) -> object:

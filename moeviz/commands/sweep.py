@@ -151,5 +151,6 @@ def report(outcomes: Sequence[Outcome], folder: Path, as_json: bool) -> None:
             f"\n  moeviz show {best.path}    the best of them", markup=False, highlight=False, soft_wrap=True
         )
     console.print(
-        f"  {folder}/comparison.parquet, curves.parquet    all of them", markup=False, highlight=False
+        f"  moeviz dash {folder}    side by side on its page Compare", markup=False, highlight=False
     )
+    console.print(f"  {folder}/comparison.parquet, curves.parquet", markup=False, highlight=False)
