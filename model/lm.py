@@ -161,7 +161,8 @@ class MoELanguageModel(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         width = config.heads.contrastive_width
         self.contrastive = ContrastiveHead(config.dim, width) if width else None
-        self.mtp = MultiTokenPrediction(config) if config.heads.mtp_depth else None
+        with torch.random.fork_rng(devices=[]):  # a seed begins the rest alike with these and without
+            self.mtp = MultiTokenPrediction(config) if config.heads.mtp_depth else None
         self.init_weights()
 
     def forward(

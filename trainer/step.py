@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class StepTaken:
     """Mean squared logsumexp of the router's logits; of this rank alone unless the run acts on alerts."""
     expert_grads: dict[str, float]
     """Gradient norm of each expert, in the steps that record them."""
+    side_losses: dict[str, float]
+    """contrastive_loss and mtp_loss, nats, of a model with such heads; mean over micro-batches and ranks."""
     seconds: float
 
 
@@ -45,6 +47,7 @@ class StepSums:
     loss: Tensor
     counts_LE: Tensor
     z_L: Tensor
+    side_losses: dict[str, Tensor] = field(default_factory=dict)
 
 
 def take_step(parts: Assembly, step: int) -> StepTaken:
@@ -71,6 +74,10 @@ def take_step(parts: Assembly, step: int) -> StepTaken:
         counts_LE=counts_LE,
         z_L=engine.sum_ranks(sums.z_L) / engine.world_size if parts.judge else sums.z_L,
         expert_grads=expert_grads,
+        side_losses={
+            name: float(engine.sum_ranks(value)) / engine.world_size
+            for name, value in sums.side_losses.items()
+        },
         seconds=time.perf_counter() - begin,
     )
 
@@ -132,6 +139,9 @@ def _one_micro_batch(parts: Assembly, batch: Batch, sums: StepSums, *, share: fl
     sums.loss = sums.loss + output.ce.detach() * share
     sums.counts_LE = sums.counts_LE + output.expert_counts_LE
     sums.z_L = sums.z_L + output.aux["z"].detach() * share
+    for name in sorted(output.aux.keys() & {"contrastive", "mtp"}):
+        before = sums.side_losses.get(f"{name}_loss", 0.0)
+        sums.side_losses[f"{name}_loss"] = before + output.aux[name].detach() * share
 
 
 def _losses_of_a_step(parts: Assembly, batch: Batch, sums: StepSums) -> dict[str, Tensor]:

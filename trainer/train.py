@@ -200,8 +200,8 @@ def _report(parts: Assembly, course: Course, taken: StepTaken) -> None:
         tokens_per_second=tokens_per_second,
         step_seconds=taken.seconds,
     )
-    if taken.expert_grads:
-        parts.recorder.scalars(step, taken.expert_grads)
+    if more := {**taken.expert_grads, **taken.side_losses}:
+        parts.recorder.scalars(step, more)
     worst_load, worst_expert = _worst(taken.counts_LE)
     course.progress.step(
         StepReport(
