@@ -3,7 +3,7 @@
     python benchmarks/presets.py [--presets demo blues ...] [--steps 60] [--full-below 4e6] [--out presets.json]
 
 Presets of so many parameters or fewer train as they are, larger ones narrowed: the same wiring (attention, routing,
-experts and their number, norms, positions, sinks, heads for each key head) in two or three blocks of width 64 to 256
+experts and their number, norms, positions, sinks, heads for each key head) in two or three blocks of width 64 or 128
 with the learning rate of the demo. The vocabulary is 512 ids for all. Losses are means of three steps, in nats per
 token; tokens a second are of processor time, which holds on a busy machine.
 """
