@@ -293,6 +293,17 @@ def test_finished_runs_are_read_and_not_trained_again(trained: tuple[Path, Trial
     assert (states, reasons, told.begins) == ({"run": "finished"}, {}, [])
 
 
+def test_a_run_that_ended_early_counts_again_where_no_rule_ends_runs(trained: tuple[Path, Trial]) -> None:
+    folder, trial = trained
+    mark = folder / "run" / PRUNED_FILE
+    mark.write_text(json.dumps({"step": 4, "why": "it was behind"}))
+    assert outcome_of(trial, folder).why == "it was behind"
+    with_rule = Pool(folder=folder, parse=parse, watcher=Told(), rule=MedianRule())
+    assert with_rule.run([trial])[0] == {"run": "pruned"}
+    assert Pool(folder=folder, parse=parse, watcher=Told()).run([trial])[0] == {"run": "finished"}
+    assert not mark.exists()
+
+
 # The studies.
 
 

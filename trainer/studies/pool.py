@@ -116,7 +116,11 @@ class Pool:
         return self.jobs
 
     def _is_settled(self, trial: Trial, states: dict[str, State]) -> bool:
-        state = state_of(trial, self.folder / trial.name)
+        run = self.folder / trial.name
+        state = state_of(trial, run)
+        if state == "pruned" and self.rule is None:  # nothing ends early any more: it goes on
+            (run / PRUNED_FILE).unlink()
+            state = state_of(trial, run)
         if state not in ("finished", "pruned", "refused"):
             return False
         self._settle(trial, states, state, trial.problem or ("trained before" if state == "finished" else ""))
