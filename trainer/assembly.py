@@ -240,11 +240,6 @@ def _engine(
         )
     engine = _built(MoELanguageModel(found.model_config), config)
     if found.num_ranks != engine.world_size:
-        if not engine.any_ranks:
-            raise MoevizError(
-                f"{found.path} was written by {found.num_ranks} ranks, and this is a run of {engine.world_size}; "
-                f"resume with --num-ranks {found.num_ranks}"
-            )
         progress.note(
             f"{found.num_ranks} ranks before, {engine.world_size} now: each step still has "
             f"{config.data.sequences_per_step * engine.world_size} sequences, "

@@ -41,8 +41,6 @@ class Engine(Protocol):
     device: torch.device
     rank: int
     world_size: int
-    any_ranks: bool
-    """Whether a state can be loaded by another number of ranks than wrote it."""
 
     def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
         """Run one micro-batch with gradients on; `more` is handed to the model."""

@@ -27,6 +27,7 @@ from trainer.engine import Update, choose_device
 from trainer.engine_deepspeed_config import deepspeed_config
 from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 from trainer.process_group import join_ranks, local_rank
+from trainer.universal import load_universal, ranks_of
 
 _TAG = "deepspeed"
 
@@ -37,8 +38,6 @@ class DeepSpeedEngine:
     In bf16 DeepSpeed keeps fp32 masters, but rounds the stored router weights too; their product is taken in
     fp32.
     """
-
-    any_ranks = False
 
     def __init__(self, model: MoELanguageModel, config: TrainConfig) -> None:
         join_ranks(config.engine.rank_timeout)
@@ -163,7 +162,14 @@ class DeepSpeedEngine:
     def load_state(self, weights: dict[str, Tensor], folder: Path) -> None:
         # DeepSpeed's files hold the weights too, and the buffers; `weights` are the copy for everyone else.
         self._engine.checkpoint_engine.load = _load_without_code
-        self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if ranks_of(folder / _TAG) in (0, self.world_size):
+            self._engine.load_checkpoint(str(folder), tag=_TAG)
+        else:
+            load_universal(self._engine, folder, _TAG, _load_without_code)
+            with torch.no_grad():  # parameters are all that DeepSpeed converts
+                for name, buffer in self.module.named_buffers():
+                    if name in weights:
+                        buffer.copy_(weights[name])
 
     def destroy(self) -> None:
         self._engine.destroy()

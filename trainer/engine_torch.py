@@ -33,8 +33,6 @@ _STATE_FILE = "optimizer.pt"
 class TorchEngine:
     """One process, one device."""
 
-    any_ranks = True
-
     def __init__(self, model: MoELanguageModel, config: TrainConfig) -> None:
         self.rank, self.world_size = 0, launched_ranks()
         if self.world_size > 1:
