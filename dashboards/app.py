@@ -81,6 +81,11 @@ def main() -> None:
     try:
         st.session_state["view"] = sidebar.pick_view()
         page.run()
+    except sidebar.DenseRunError as error:
+        if page.url_path == "compare":
+            page.run()
+        else:
+            st.error(str(error), icon=":material/error:")
     except RunNotFoundError as error:
         empty(str(error), "moeviz demo")
     except MoevizError as error:

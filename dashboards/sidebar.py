@@ -14,10 +14,15 @@ from moeviz.store.queries import step_range
 STATUS_SECONDS = 2.0
 
 
+class DenseRunError(MoevizError):
+    """The chosen run has no layer to look at; beside others it has its losses."""
+
+
 def pick_view() -> view.View:
     """Draw the sidebar and return what was picked.
 
     Raises:
+        DenseRunError: the run has no MoE layer.
         MoevizError: no run, or one that cannot be read.
     """
     runs = available(asked_run())
@@ -28,7 +33,8 @@ def pick_view() -> view.View:
         info = data.run_store(path).info.model
         status(path)
         if not info.layers:
-            raise MoevizError(
+            view.link("run")
+            raise DenseRunError(
                 f"the run {name} records no MoE layer; train it with `moeviz train --log-routing`"
             )
         live, step = _when(path)

@@ -16,7 +16,9 @@ from test_dashboards_pages import link_of, opened, plots_of
 
 from dashboards import compared
 from moeviz import plots
-from moeviz.records import MetricRecord, ScalarRecord
+from moeviz.records import MetricRecord, ModelInfo, ScalarRecord
+from moeviz.store.run import RunInfo, create_run
+from moeviz.store.writer import SegmentWriter
 
 STEPS = 12
 LOSSES = {"fox": {0: 6.0, 10: 4.0}, "lr=1e-3,k=2": {0: 6.5, 10: 3.5}}
@@ -64,6 +66,21 @@ def test_runs_stand_side_by_side(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert rows.loc["fox", "val_loss"] == 4.0
     assert rows.loc["lr=1e-3,k=2", "maxvio_global"] == pytest.approx(0.05)
     assert "runs" not in link_of(app), "all of them need no link"
+
+
+def test_a_dense_run_has_its_losses_here_and_only_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = create_run(tmp_path / "gpt", RunInfo(name="gpt", model=ModelInfo(family="moeviz", layers=())))
+    writer = SegmentWriter(path)
+    writer.write(ScalarRecord(step=0, rank=0, ts=time.time(), values={"val_loss": 5.0, "loss": 5.0}))
+    writer.close()
+    app = opened(path, monkeypatch, "compare")
+    assert not app.error
+    assert [line["name"] for line in plots_of(app)[0]["data"]] == ["gpt"]
+    assert plots_of(app)[1]["data"] == []
+    other = opened(path, monkeypatch, "loads")
+    assert "records no MoE layer" in other.error[0].value
 
 
 def test_the_link_restores_the_chosen_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
