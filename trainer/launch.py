@@ -188,7 +188,8 @@ class _Watch:
     def _log_of(self, rank: int) -> str:
         if rank not in self._logs:
             return ""
-        return f"; its output is in {self._logs[rank]} and ends with: {self._last_line(rank)}"
+        last = self._last_line(rank)
+        return f"; its output is in {self._logs[rank]}" + (f" and ends with: {last}" if last else "")
 
 
 def _end(code: int) -> str:
