@@ -114,3 +114,14 @@ def test_correct_is_where_the_largest_logit_is_the_label() -> None:
     assert correct_T[1:4].all()
     assert not correct_T[labels_T == IGNORE].any()
     assert linear_cross_entropy(hidden_TD, weight_VD, labels_T).correct_T is None
+
+
+def test_logits_come_from_the_columns_while_they_are_there() -> None:
+    torch.manual_seed(0)
+    head, hidden_BSD = LMHead(6, 9), torch.randn(1, 1, 6)
+    plain_BSV = head(hidden_BSD).logits_BSV
+    with head.by_columns(head.columns()):
+        torch.testing.assert_close(head(hidden_BSD).logits_BSV, plain_BSV)
+    with head.by_columns(2 * head.columns()):  # others than the weight's: these are read, and no other
+        torch.testing.assert_close(head(hidden_BSD).logits_BSV, 2 * plain_BSV)
+    assert torch.equal(head(hidden_BSD).logits_BSV, plain_BSV)
