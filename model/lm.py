@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model.block import Block
 from model.config import ModelConfig
 from model.contrastive import ContrastiveHead, info_nce
-from model.head import LMHead
+from model.head import HeadOutput, LMHead
 from model.kv_cache import KVCache
 from model.losses import balance_losses, expert_counts, sequence_balance_losses, z_losses
 from model.masks import Reach, document_numbers, visible_in_documents
@@ -44,6 +44,9 @@ class ModelOutput(NamedTuple):
     """int64, detached: valid tokens that chose each expert; rows sum to N * K."""
     correct_BS: Tensor | None = None
     """Bool: whether the label is the most probable token. With labels and without gradients only."""
+    passed_on_BSD: Tensor | None = None
+    """Of a model that runs a part of its blocks: what those behind begin with. Then there are no logits and no `ce`,
+    and what is said of MoE layers is said of its own."""
 
 
 class DecoderOutput(NamedTuple):
@@ -66,6 +69,8 @@ class Decoder(nn.Module):
         self.draws = DrawSource(config) if config.router.draws else None
         self.recompute = False
         """Whether training recomputes each block in backward to save its activations."""
+        self.span = range(config.num_layers)
+        """Blocks that are run here: all, or the stage of a pipeline, whose others are run elsewhere."""
         self.document_end: int | None = None
         """Id of the token after which nothing before it is read; None: sequences are of one piece."""
 
@@ -75,8 +80,9 @@ class Decoder(nn.Module):
         valid_BC: Tensor | None = None,
         cache: KVCache | None = None,
         documents_BS: Tensor | None = None,
+        passed_on_BSD: Tensor | None = None,
     ) -> DecoderOutput:
-        hidden_BSD = self._embed(input_ids_BS, cache)
+        hidden_BSD = self._embed(input_ids_BS, cache) if passed_on_BSD is None else passed_on_BSD
         readable = self._readable(self.documents(input_ids_BS, documents_BS, cache), valid_BC, cache)
         ropes = self._ropes(input_ids_BS.shape[1], hidden_BSD, cache)
         draws = self._draw(input_ids_BS)
@@ -85,13 +91,20 @@ class Decoder(nn.Module):
             layer_cache = cache.layers[index] if cache is not None else None
             rope = ropes[self.config.reach.is_local(index)]
             chance = next(draws) if self.config.is_moe(index) and draws is not None else None
+            if index not in self.span:
+                continue
             mask = readable[self.config.reach.is_local(index)]
             hidden_BSD, routing = run_block(
                 block, self.recompute, hidden_BSD, rope, valid_BC, layer_cache, chance, mask
             )
             if routing is not None:
                 routings.append(routing)
-        return DecoderOutput(self.norm(hidden_BSD), tuple(routings))
+        return DecoderOutput(self.norm(hidden_BSD) if self.ends_here else hidden_BSD, tuple(routings))
+
+    @property
+    def ends_here(self) -> bool:
+        """Whether the last block is among those that are run here."""
+        return self.span.stop == len(self.layers)
 
     def documents(
         self, input_ids_BS: Tensor, documents_BS: Tensor | None, cache: KVCache | None
@@ -176,6 +189,7 @@ class MoELanguageModel(nn.Module):
         counts_so_far_LE: Tensor | None = None,
         sequence_labels_B: Tensor | None = None,
         logits_to_keep: int | None = None,
+        passed_on_BSD: Tensor | None = None,
     ) -> ModelOutput:
         """Run the model.
 
@@ -195,26 +209,30 @@ class MoELanguageModel(nn.Module):
             sequence_labels_B: int64, for the contrastive head: sequences of one label, for example a domain, belong
                 together; -1 belongs to nothing. None: no loss.
             logits_to_keep: without labels, logits of the last positions only: text needs one. None: of all.
+            passed_on_BSD: what the blocks before those of `model.span` made of these ids; None: begin with them.
         """
         valid_BC = attention_mask_BS.bool() if attention_mask_BS is not None else None
-        hidden_BSD, routings = self.model(input_ids_BS, valid_BC, cache, document_ids_BS)
+        hidden_BSD, routings = self.model(input_ids_BS, valid_BC, cache, document_ids_BS, passed_on_BSD)
         read_BSD = hidden_BSD
         if labels_BS is None and logits_to_keep is not None:
             read_BSD = hidden_BSD[:, -logits_to_keep:]
-        logits_BSV, ce, token_loss_BS, correct_BS = self.lm_head(read_BSD, labels_BS)
+        ends = self.model.ends_here
+        head = self.lm_head(read_BSD, labels_BS) if ends else HeadOutput(None, None, None, None)
         valid_T = valid_BC[:, -input_ids_BS.shape[1] :].flatten() if valid_BC is not None else None
         counts_LE = self._counts(routings, valid_T, input_ids_BS.device)
         aux: dict[str, Tensor] = {}
         if labels_BS is not None:
             aux = self._aux(routings, counts_LE, valid_T, len(input_ids_BS), counts_so_far_LE)
-            if self.contrastive is not None and sequence_labels_B is not None:
+            if ends and self.contrastive is not None and sequence_labels_B is not None:
                 aux["contrastive"] = self._contrast(hidden_BSD, valid_T, sequence_labels_B)
-            if self.mtp is not None and cache is None and torch.is_grad_enabled():
+            if ends and self.mtp is not None and cache is None and torch.is_grad_enabled():
                 documents_BS = self.model.documents(input_ids_BS, document_ids_BS, cache)
                 aux["mtp"] = self._predict_further(
                     hidden_BSD, input_ids_BS, labels_BS, valid_BC, documents_BS
                 )
-        return ModelOutput(logits_BSV, ce, token_loss_BS, aux, counts_LE, correct_BS)
+        logits_BSV, ce, token_loss_BS, correct_BS = head
+        passed_on_BSD = None if ends else hidden_BSD
+        return ModelOutput(logits_BSV, ce, token_loss_BS, aux, counts_LE, correct_BS, passed_on_BSD)
 
     def _contrast(self, hidden_BSD: Tensor, valid_T: Tensor | None, labels_B: Tensor) -> Tensor:
         assert self.contrastive is not None

@@ -38,11 +38,15 @@ class DrawSource(nn.Module):
         self.config = config
         self.passes = 0
         """Training passes so far."""
+        self.rank: int | None = None
+        """Who draws: ranks with one number draw alike. None: this process among all."""
 
     @torch.compiler.disable
     def forward(self, num_tokens: int, device: torch.device) -> list[RouterDraws]:
         """One set of draws for each MoE layer."""
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        rank = self.rank
+        if rank is None:
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         mixed = (self.passes + 1) * _LARGE_ODD ^ (self.config.router.noise_seed << 20) ^ (rank << 8)
         generator = torch.Generator(device).manual_seed(mixed % (1 << 63))
         self.passes += 1
