@@ -283,9 +283,10 @@ class ModelConfig:
         block = self._attention_parameters() + 2 * norm
         matrices = 2 if self.router.router_noise == "shazeer" else 1
         router = self.num_experts * (matrices * self.dim + self.router.router_bias)
-        expert = 3 * self.dim * self.expert_dim
+        inward = self.experts.inward_matrices
+        expert = (inward + 1) * self.dim * self.expert_dim
         if self.experts.expert_bias:
-            expert += 2 * self.expert_dim + self.dim
+            expert += inward * self.expert_dim + self.dim
         shared = 3 * self.dim * self.shared_dim + self.dim * self.experts.shared_expert_gate
         moe = router + experts * expert + shared
         dense = (self.num_layers - self.num_moe_layers) * self._dense_parameters()

@@ -15,7 +15,7 @@ RouterNoise = Literal["none", "shazeer", "gumbel"]
 DropOrder = Literal["position", "prob"]
 Chooser = Literal["token", "expert"]
 BalanceScope = Literal["micro", "sequence", "global"]
-ExpertActivation = Literal["swiglu", "clamped"]
+ExpertActivation = Literal["swiglu", "clamped", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,11 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    """What one expert computes: down(act(gate(x)) * up(x))."""
+    """What one expert computes: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
     expert_activation: ExpertActivation = "swiglu"
-    """swiglu: silu(gate) * up; clamped (GPT-OSS): both clamped, gate * sigmoid(alpha gate) * (up + 1)."""
+    """swiglu: silu(gate) * up; clamped (GPT-OSS): both clamped, gate * sigmoid(alpha gate) * (up + 1); gelu: two
+    matrices instead of three, without a gate (tanh approximation)."""
     swiglu_alpha: float = 1.702
     """Steepness of the sigmoid of expert_activation=clamped; 1.702 is close to GELU."""
     swiglu_limit: float = 7.0
@@ -118,3 +119,8 @@ class ExpertConfig:
         for name in ("swiglu_alpha", "swiglu_limit"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive; give a number above 0")
+
+    @property
+    def inward_matrices(self) -> int:
+        """Matrices from the stream into the hidden layer: a gate and its values, or one."""
+        return 1 if self.expert_activation == "gelu" else 2

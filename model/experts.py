@@ -1,4 +1,4 @@
-"""The routed experts of a layer: E SwiGLU networks (Shazeer 2020) stored as two stacked matrices.
+"""The routed experts of a layer: E SwiGLU networks (Shazeer 2020), or ungated ones, stored as two stacked matrices.
 
 Tokens are sorted by expert, so that each expert multiplies one contiguous block of rows (grouped.py), and
 un-sorted by the inverse permutation. Both moves are gathers in both directions: no atomics, and the same
@@ -111,7 +111,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def activate(config: ExpertConfig, gate_up: Tensor) -> Tensor:
-    """What an expert does between its two products, [N, 2F] -> [N, F]."""
+    """What an expert does between its two products, [N, 2F] -> [N, F]; [N, F] -> [N, F] without a gate."""
+    if config.expert_activation == "gelu":
+        return F.gelu(gate_up, approximate="tanh")
     if config.expert_activation == "swiglu" and not torch.compiler.is_compiling():
         return _SwiGLU.apply(gate_up)
     gate_NF, up_NF = gate_up.chunk(2, dim=-1)
@@ -140,7 +142,8 @@ class GroupedExperts(nn.Module):
         super().__init__()
         self.config = config.experts
         self.num_experts = config.num_experts
-        gate_up = torch.empty(config.num_experts, 2 * config.expert_dim, config.dim)
+        inward = config.experts.inward_matrices * config.expert_dim
+        gate_up = torch.empty(config.num_experts, inward, config.dim)
         self.gate_up_proj = nn.Parameter(gate_up)
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.dim, config.expert_dim))
         biased = config.experts.expert_bias

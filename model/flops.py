@@ -48,7 +48,7 @@ def _vectors(config: ModelConfig) -> int:
     attention = config._attention_parameters() - _attention_matrices(config)
     biases = config.num_experts * config.router.router_bias
     if config.experts.expert_bias:
-        biases += config.top_k * (2 * config.expert_dim + config.dim)
+        biases += config.top_k * (config.experts.inward_matrices * config.expert_dim + config.dim)
     layers = config.num_layers * (2 * _norm(config) + attention) + config.num_moe_layers * biases
     layers += (config.num_layers - config.num_moe_layers) * _dense_biases(config)
     places = config.max_seq_len * config.dim if config.block.positions == "learned" else 0

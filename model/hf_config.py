@@ -134,7 +134,7 @@ def comparable(config: ModelConfig) -> ModelConfig:
         router = replace(router, group_score="top2_sum")
     if router.score == "softmax_topk":
         router = replace(router, norm_topk=True)
-    if experts.expert_activation == "swiglu":
+    if experts.expert_activation != "clamped":
         experts = replace(experts, swiglu_alpha=1.702, swiglu_limit=7.0)
     return replace(
         config,

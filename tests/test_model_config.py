@@ -92,6 +92,7 @@ SHAPES = [
     {"router": RouterConfig(selection_bias=True), "first_dense_layers": 1, "dense_ffn_dim": 11},
     {"router": RouterConfig(router_bias=True), "experts": ExpertConfig(expert_bias=True), "moe_every": 2},
     {"num_shared_experts": 1, "experts": ExpertConfig(shared_expert_gate=True), "dense_layers": (0, 2)},
+    {"experts": ExpertConfig(expert_activation="gelu", expert_bias=True), "num_shared_experts": 1},
 ]
 
 

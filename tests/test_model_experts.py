@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,13 @@ CASES = {
 
 
 CLAMPED = ExpertConfig(expert_activation="clamped", expert_bias=True, swiglu_limit=0.5)
+UNGATED = ExpertConfig(expert_activation="gelu", expert_bias=True)
+KINDS = {
+    "swiglu": ExpertConfig(),
+    "bias": ExpertConfig(expert_bias=True),
+    "clamped": CLAMPED,
+    "gelu": UNGATED,
+}
 
 
 def _experts(
@@ -47,6 +56,17 @@ def _routing(tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]
     return ids_TK, torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
 
 
+def _inner(kind: ExpertConfig, hidden: Tensor) -> Tensor:
+    if kind == UNGATED:
+        cubic_F = (2 / math.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)
+        return hidden * (1 + cubic_F.tanh()) / 2
+    gate_F, up_F = hidden.chunk(2)
+    if kind == CLAMPED:
+        gate_F, up_F = gate_F.clamp(max=0.5), up_F.clamp(-0.5, 0.5)
+        return gate_F * torch.sigmoid(1.702 * gate_F) * (up_F + 1)
+    return F.silu(gate_F) * up_F
+
+
 def _textbook(experts: GroupedExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     rows = []
     for x_D, ids_K, weights_K in zip(x_TD, ids_TK.tolist(), weights_TK, strict=True):
@@ -55,13 +75,7 @@ def _textbook(experts: GroupedExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK:
             hidden = experts.gate_up_proj[expert] @ x_D
             if experts.gate_up_proj_bias is not None:
                 hidden = hidden + experts.gate_up_proj_bias[expert]
-            gate_F, up_F = hidden.chunk(2)
-            if experts.config == CLAMPED:
-                gate_F, up_F = gate_F.clamp(max=0.5), up_F.clamp(-0.5, 0.5)
-                inner_F = gate_F * torch.sigmoid(1.702 * gate_F) * (up_F + 1)
-            else:
-                inner_F = F.silu(gate_F) * up_F
-            y_D = experts.down_proj[expert] @ inner_F
+            y_D = experts.down_proj[expert] @ _inner(experts.config, hidden)
             if experts.down_proj_bias is not None:
                 y_D = y_D + experts.down_proj_bias[expert]
             total = total + weight * y_D
@@ -83,9 +97,7 @@ def _compare(experts: GroupedExperts, ids_TK: Tensor, weights_TK: Tensor) -> Non
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "kind", [ExpertConfig(), ExpertConfig(expert_bias=True), CLAMPED], ids=["swiglu", "bias", "clamped"]
-)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("case", CASES)
 def test_experts_equal_the_textbook_sum(case: str, kind: ExpertConfig) -> None:
     num_experts, top_k = CASES[case]
@@ -135,7 +147,7 @@ def test_dispatch_sorts_by_expert_and_keeps_the_order_of_tokens() -> None:
         assert set(ids_TK.flatten()[rows].tolist()) <= {expert}
 
 
-@pytest.mark.parametrize("kind", [ExpertConfig(), CLAMPED], ids=["swiglu", "clamped"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(("num_experts", "top_k"), CASES.values(), ids=CASES)
 def test_one_token_without_gradients(num_experts: int, top_k: int, kind: ExpertConfig) -> None:
     """A decoding step goes expert by expert; it must say what the sorted way says."""

@@ -401,6 +401,7 @@ def test_a_family_is_found_for_a_model(values: dict[str, Any], family: str, tmp_
         ({"attention": "latent"}, "attention=latent"),
         ({"reach": ReachConfig(window=4, sink_tokens=2)}, "nearest, mixtral, has no reach.sink_tokens=2"),
         ({"experts": ExpertConfig(expert_bias=True)}, "experts.expert_bias=True"),
+        ({"experts": ExpertConfig(expert_activation="gelu")}, "experts.expert_activation=gelu"),
     ],
 )
 def test_a_model_of_no_family_is_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:

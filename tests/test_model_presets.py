@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.attention import set_attention_core
 from model.attention_config import MLAConfig, ReachConfig
 from model.attention_core import EagerCore
+from model.block_config import BlockConfig
 from model.config import ModelConfig
 from model.expert_config import ExpertConfig, RouterConfig
 from model.flops import attention_flops, forward_flops, mean_keys
@@ -94,6 +95,7 @@ SHAPES: list[dict[str, Any]] = [
         "mla": MLAConfig(q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=4, qk_rope_head_dim=2),
     },
     {"tie_embeddings": True},
+    {"experts": ExpertConfig(expert_activation="gelu"), "block": BlockConfig(positions="learned")},
 ]
 
 

@@ -322,6 +322,7 @@ def test_arms_of_the_balance_study_differ_in_nothing_but_balancing(tmp_path: Pat
     assert plain.balance.balance == "none"
     assert plain.data.tokens_per_step == 1024
     assert not plain.architecture.router.selection_bias
+    assert 382_500 <= plain.architecture.num_parameters() < 383_500
 
 
 def test_the_recipes_compare_what_a_token_costs_alike() -> None:
@@ -453,9 +454,13 @@ def test_the_text_of_the_balance_study_is_its_four_domains(
 
     class Corpus:
         def documents(self) -> list[Document]:
-            return [Document(domain, f"a {domain}") for domain in (*balance.DOMAINS, "dice")]
+            return [Document(domain, f"a {domain}") for domain in (*balance.DOMAINS[1:], "dice")]
 
     monkeypatch.setattr(balance, "build_corpus", lambda quiet: Corpus())
+    monkeypatch.setattr(balance, "language_reference", lambda: iter(()))
+    with pytest.raises(MoevizError, match="no pydoc_data"):
+        balance.write_text(tmp_path)
+    monkeypatch.setattr(balance, "language_reference", lambda: iter(["a prose"]))
     balance.write_text(tmp_path)
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert found == {domain: {"text": f"a {domain}", "domain": domain} for domain in balance.DOMAINS}

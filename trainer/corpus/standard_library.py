@@ -46,7 +46,7 @@ def python_code() -> Iterator[str]:
 def manual() -> Iterator[str]:
     """English about Python: a section of the language reference, then a few docstrings, in turn."""
     docstrings = _docstrings()
-    for topic in _topics():
+    for topic in language_reference():
         yield topic
         for _, docstring in zip(range(4), docstrings, strict=False):
             yield docstring
@@ -91,10 +91,11 @@ def _rank(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _topics() -> Iterator[str]:
+def language_reference() -> Iterator[str]:
+    """English about Python alone: the sections that `help()` shows; none where a distribution leaves them out."""
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    except ImportError:  # some distributions leave it out
+    except ImportError:
         return
     for name in sorted(topics, key=_rank):
         yield from pieces(_TITLE_RULE.sub("", topics[name]))
