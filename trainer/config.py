@@ -259,6 +259,7 @@ class TrainConfig:
         self._check_optimizer()
         self._check_responses()
         self._check_pruning()
+        self._check_experts()
 
     def _check_pruning(self) -> None:
         before = self.model.num_experts
@@ -272,6 +273,15 @@ class TrainConfig:
             before = experts
         if self.prune.plan and self.engine.engine != "torch":
             raise MoevizError("prune_experts needs whole optimizer state; use --engine torch")
+
+    def _check_experts(self) -> None:
+        ranks, experts = self.engine.expert_parallel, self.model.num_experts
+        if ranks > 1 and self.model.num_moe_layers == 0:
+            raise MoevizError(f"expert_parallel={ranks}, and this model has no experts; leave it out")
+        if ranks > 1 and experts % ranks:
+            raise MoevizError(
+                f"expert_parallel={ranks} does not divide num_experts={experts}; every rank holds as many"
+            )
 
     def _check_responses(self) -> None:
         actions = {response.action for response in self.response.responses}

@@ -23,6 +23,9 @@ class EngineConfig:
     num_ranks: int | None = None
     """Processes that share each step, on one machine: one for each GPU, or any number on CPUs. Each takes a step of
     batch_size x gradient_accumulation_steps sequences. None: one, or as many as torchrun or deepspeed started."""
+    expert_parallel: int = 1
+    """Ranks that share the experts of each layer, through DeepSpeed: each holds num_experts / expert_parallel of them,
+    and tokens travel there and back. A divisor of num_experts and of num_ranks. 1: each rank holds them all."""
     rank_timeout: float = 10.0
     """Minutes that a rank waits for another one before the run ends."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -52,6 +55,7 @@ class EngineConfig:
                 f"deepspeed_config={self.deepspeed_config} with engine={self.engine} would be read by nobody; add "
                 "--engine deepspeed"
             )
+        self._check_experts()
         if self.auto_batch and self.engine == "deepspeed" and self.zero_stage == 3:
             raise MoevizError(
                 "auto_batch cannot try a micro-batch on divided weights; use --zero-stage 2 or less, or a "
@@ -66,3 +70,28 @@ class EngineConfig:
             raise MoevizError(
                 "dtype=bf16 with zero_stage=0 starts Adam one step late in DeepSpeed 0.19; use zero_stage=1"
             )
+
+    def _check_experts(self) -> None:
+        shared, told = self.expert_parallel, f"expert_parallel={self.expert_parallel}"
+        require_rule(shared >= 1, told, "is below 1; leave it out for experts that every rank holds")
+        if shared == 1:
+            return
+        if self.engine != "deepspeed":
+            raise MoevizError(
+                f"{told} with engine={self.engine}: only DeepSpeed shares; add --engine deepspeed"
+            )
+        if self.zero_stage == 3:
+            raise MoevizError(
+                f"{told} with zero_stage=3 would divide experts twice, which DeepSpeed refuses; use --zero-stage 2 "
+                "or less"
+            )
+        if self.num_ranks is not None and self.num_ranks % shared:
+            raise MoevizError(
+                f"{told} does not divide num_ranks={self.num_ranks}; give --num-ranks a multiple of it"
+            )
+        if self.auto_batch:
+            raise MoevizError(
+                f"{told} with auto_batch: a rank cannot try sizes alone; leave --auto-batch out"
+            )
+        if self.dtype == "fp16" and self.zero_stage == 0:
+            raise MoevizError(f"{told} with dtype=fp16 needs the loss scale of ZeRO; use --zero-stage 1 or 2")

@@ -10,11 +10,12 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from trainer.engine_deepspeed_config import deepspeed_config
 from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 from trainer.process_group import join_ranks, local_rank
 from trainer.universal import load_universal, ranks_of
+
+if TYPE_CHECKING:
+    from trainer.expert_parallel import ExpertShares
 
 _TAG = "deepspeed"
 
@@ -44,8 +48,11 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = choose_device(config.engine.device, local_rank())
+        settings = deepspeed_config(config, self.world_size)
+        self._shares = _share_experts(model, config, self.world_size, settings)
         self.module = model.to(self.device)
         self._stage = config.engine.zero_stage
+        self._max_norm = config.optim.grad_clip
         self._fp16 = config.engine.dtype == "fp16"
         if self._fp16 and self.device.type == "cpu":
             raise MoevizError(
@@ -55,7 +62,7 @@ class DeepSpeedEngine:
             self.module.gradient_checkpointing_enable()
         optimizer = build_optimizer(self.module.named_parameters(), config.optim)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=self.module, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
+            model=self.module, optimizer=optimizer, config=settings
         )
         self._loss = torch.zeros((), device=self.device)
 
@@ -77,6 +84,10 @@ class DeepSpeedEngine:
         if norm is not None and not math.isfinite(norm):
             self.discard()
             return Update(norm, False)
+        if norm is not None and self._shares is not None and self._max_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.module.parameters(), self._max_norm, torch.tensor(norm, device=self.device)
+            )
         before = self._loss_scale
         self._engine.step()
         taken = not getattr(self._engine.optimizer, "overflow", False)
@@ -116,15 +127,21 @@ class DeepSpeedEngine:
 
         weight = self.module.get_parameter(name)
         gradient = weight.grad if self._stage == 0 else safe_get_full_grad(weight)
-        return None if gradient is None else gradient.detach().float()
+        if gradient is None:
+            return None
+        gradient = gradient.detach().float()
+        return gradient if self._shares is None else self._shares.whole(name, gradient)
 
     def evaluating(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def _plain_gradient_norm(self) -> Tensor:
         """In stage 0 DeepSpeed reports no norm; gradients are whole and already averaged over the ranks."""
-        gradients = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        named = self.module.named_parameters()
+        gradients = {name: weight.grad for name, weight in named if weight.grad is not None}
+        if self._shares is not None:
+            return self._shares.norm(gradients)
+        return torch.nn.utils.get_total_norm(gradients.values())
 
     @torch.no_grad()
     def replace_rows(self, name: str, rows: list[int], values: Tensor) -> None:
@@ -154,7 +171,9 @@ class DeepSpeedEngine:
     def weights(self) -> dict[str, Tensor]:
         parameters = list(self.module.parameters())
         with _gathered(parameters) if self._stage == 3 else nullcontext():
-            return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
+            state = self.module.state_dict()
+            named = state.items() if self._shares is None else self._shares.whole_weights(state)
+            return {name: value.detach().cpu().clone() for name, value in named}
 
     def save_state(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
@@ -162,7 +181,7 @@ class DeepSpeedEngine:
     def load_state(self, weights: dict[str, Tensor], folder: Path) -> None:
         # DeepSpeed's files hold the weights too, and the buffers; `weights` are the copy for everyone else.
         self._engine.checkpoint_engine.load = _load_without_code
-        if ranks_of(folder / _TAG) in (0, self.world_size):
+        if self._shares is not None or ranks_of(folder / _TAG) in (0, self.world_size):
             self._engine.load_checkpoint(str(folder), tag=_TAG)
         else:
             load_universal(self._engine, folder, _TAG, _load_without_code)
@@ -173,6 +192,26 @@ class DeepSpeedEngine:
 
     def destroy(self) -> None:
         self._engine.destroy()
+
+
+def _share_experts(
+    model: MoELanguageModel, config: TrainConfig, ranks: int, settings: Mapping[str, Any]
+) -> ExpertShares | None:
+    """Divide the experts of every layer among ranks, where the run asks for it."""
+    if config.engine.expert_parallel == 1:
+        return None
+    if ranks % config.engine.expert_parallel:
+        raise MoevizError(
+            f"expert_parallel={config.engine.expert_parallel} does not divide {ranks} ranks; give --num-ranks a "
+            "multiple of it"
+        )
+    import deepspeed
+
+    from trainer.expert_parallel import share_experts
+
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    data_first = bool(settings.get("use_data_before_expert_parallelism"))
+    return share_experts(model, config.engine.expert_parallel, data_first=data_first)
 
 
 def _import_deepspeed() -> Any:

@@ -37,7 +37,18 @@ def parameter_groups(
         {"params": [weight for weight in others if weight.ndim < 2], "weight_decay": 0.0},
         {"params": turned, "weight_decay": weight_decay, "muon": True},
     ]
-    return [group for group in groups if group["params"]]
+    return [part for group in groups if group["params"] for part in _by_holders(group)]
+
+
+def _by_holders(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group cut in two where some weights are on some ranks only, and marked for DeepSpeed, which marks those."""
+    shared = [weight for weight in group["params"] if not getattr(weight, "allreduce", True)]
+    if not shared:
+        return [group]
+    taken = {id(weight) for weight in shared}
+    rest = [weight for weight in group["params"] if id(weight) not in taken]
+    marked = {**group, "params": shared, "moe": True, "name": shared[0].group_name}
+    return [{**group, "params": rest}, marked] if rest else [marked]
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:

@@ -23,6 +23,7 @@ _FIXED = (
     "data",
     "engine.engine",
     "engine.zero_stage",
+    "engine.expert_parallel",
     "engine.dtype",
     "optim.optimizer",
     "freeze",
@@ -77,6 +78,11 @@ def on_ranks(found: Checkpoint, config: TrainConfig, ranks: int) -> TrainConfig:
     then, now = found.config.data, config.data
     if ranks == found.num_ranks:
         return config
+    if found.config.engine.expert_parallel > 1:
+        raise MoevizError(
+            f"{found.path} is of {found.num_ranks} ranks that share experts, and DeepSpeed gathers no such state for "
+            f"others; go on with --num-ranks {found.num_ranks}, or begin anew from its weights with --init-from"
+        )
     whole = then.sequences_per_step * found.num_ranks
     if whole % ranks:
         raise MoevizError(

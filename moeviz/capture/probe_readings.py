@@ -40,10 +40,11 @@ class RouterWatch:
         self._handles: list[Handle] = [
             site.module.register_forward_hook(self._decided, with_kwargs=True, prepend=True)
         ]
-        experts = experts_beside(root, site) if whole else None
+        experts = experts_beside(root, site)
         if whole:
             self._handles.append(site.module.register_forward_pre_hook(self._rows))
-        if experts is not None:
+        # Experts that ranks share answer all of them or none.
+        if experts is not None and (whole or getattr(experts, "needs_every_rank", False)):
             self._handles.append(experts.register_forward_pre_hook(self._experts))
 
     def remove(self) -> None:

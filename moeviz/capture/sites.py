@@ -153,9 +153,21 @@ def _describe(root: nn.Module, routers: Sequence[RouterSite], cores: Sequence[Co
         family=str(family),
         layers=tuple(layers),
         attentions=tuple(attentions),
-        # Under ZeRO-3 a parameter is empty outside of forward and remembers its size.
-        num_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in root.parameters()),
+        num_parameters=sum(_whole_size(parameter) for parameter in root.parameters()),
     )
+
+
+def _whole_size(parameter: nn.Parameter) -> int:
+    """Elements of a parameter on all ranks.
+
+    Under ZeRO-3 it is empty outside of forward and remembers its size; DeepSpeed's experts, which are not added over
+    all ranks, carry the name of a group of N ranks, each with other experts: `ep_size_N`.
+    """
+    whole = getattr(parameter, "ds_numel", parameter.numel())
+    if getattr(parameter, "allreduce", True):
+        return whole
+    ranks = str(getattr(parameter, "group_name", "")).removeprefix("ep_size_")
+    return whole * int(ranks) if ranks.isdecimal() else whole
 
 
 def _check(router: RouterSite) -> None:

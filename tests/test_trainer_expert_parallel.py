@@ -1,0 +1,244 @@
+"""Experts that ranks share compute what they would on ranks that each hold all of them: losses, loads, gradients."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+
+from model.config import ModelConfig, RouterConfig
+from model.expert_config import ExpertConfig
+from model.lm import MoELanguageModel
+from moeviz.capture.sites import find_sites
+from moeviz.errors import MoevizError
+from trainer.balance import training_loss
+from trainer.config import EngineConfig, InputConfig, OptimConfig, TrainConfig
+from trainer.engine import Engine, build_engine
+from trainer.gradients import expert_grad_norms
+from trainer.launch_status import free_port
+
+pytest.importorskip("deepspeed", reason="sharing experts is DeepSpeed's")
+
+Kind = Literal["torch", "deepspeed"]
+KINDS: tuple[Kind, ...] = ("torch", "deepspeed")
+RANKS, V, B, S, MICRO, STEPS = 4, 61, 3, 8, 2, 3
+MODEL = ModelConfig(
+    vocab_size=V, dim=16, num_layers=2, num_heads=2, max_seq_len=16, num_experts=8, top_k=2, expert_dim=8
+)
+
+
+class Case(NamedTuple):
+    """A model, and how DeepSpeed trains it."""
+
+    model: ModelConfig
+    engine: Mapping[str, Any]
+    tolerance: float = 1e-5
+
+
+def routed(**router: Any) -> ModelConfig:
+    return replace(MODEL, router=RouterConfig(**router))
+
+
+CASES = {
+    "softmax": Case(MODEL, {"zero_stage": 0, "expert_parallel": 2}),
+    "sigmoid in groups, by bias": Case(
+        routed(score="sigmoid", selection_bias=True, num_groups=4, top_groups=2, router_noise="gumbel"),
+        {"zero_stage": 1, "expert_parallel": 4},
+    ),
+    "capacity, blocks recomputed": Case(
+        routed(capacity_factor=0.6),
+        {"zero_stage": 2, "expert_parallel": 2, "gradient_checkpointing": True},
+    ),
+    "experts choose": Case(routed(chooser="expert"), {"zero_stage": 1, "expert_parallel": 2}),
+    "biases, a shared expert": Case(
+        replace(MODEL, experts=ExpertConfig(expert_bias=True), num_shared_experts=1),
+        {"zero_stage": 2, "expert_parallel": 4},
+    ),
+    "one expert gets everything": Case(replace(MODEL, top_k=1), {"zero_stage": 2, "expert_parallel": 4}),
+    "bf16": Case(MODEL, {"zero_stage": 2, "expert_parallel": 2, "dtype": "bf16"}, 2e-2),
+}
+
+
+class Told(NamedTuple):
+    """What a rank saw."""
+
+    losses: list[float]
+    counts: list[list[list[int]]]
+    norms: list[float]
+    expert_norms: dict[str, float]
+    parameters: int
+    weights: dict[str, np.ndarray]
+    resumed: bool
+    """Whether a second engine went on from the first one's files to the same weights, to the bit."""
+
+
+def config_of(case: Case, engine: Kind) -> TrainConfig:
+    changes = dict(case.engine)
+    if engine == "torch":
+        changes = {
+            name: value for name, value in changes.items() if name in ("gradient_checkpointing", "dtype")
+        }
+    return TrainConfig(
+        model=case.model,
+        data=InputConfig(seq_len=S, batch_size=B, gradient_accumulation_steps=MICRO),
+        optim=OptimConfig(grad_clip=0.05),
+        engine=EngineConfig(engine=engine, device="cpu", **changes),
+    )
+
+
+def built(case: Case, config: TrainConfig, name: str) -> Engine:
+    torch.manual_seed(0)
+    model = MoELanguageModel(case.model)
+    if name == "one expert gets everything":
+        for layer in model.model.layers:
+            layer.mlp.gate.forced_ids_TK = torch.full((B * S, 1), 5)  # type: ignore
+    return build_engine(model, config)
+
+
+def take(engine: Engine, config: TrainConfig, steps: range, told: Told | None) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 * step + engine.rank)
+        loss_sum, counts = 0.0, torch.zeros(())
+        for micro in range(MICRO):
+            ids_BS = torch.randint(0, V, (B, S), generator=generator)
+            output = engine.forward(ids_BS, ids_BS.roll(-1, 1))
+            engine.backward(training_loss(output, config.balance), share=1 / MICRO, last=micro == MICRO - 1)
+            assert output.ce is not None
+            loss_sum += float(output.ce) / MICRO
+            counts = counts + output.expert_counts_LE
+        if told is not None and step == 1:
+            told.expert_norms.update(expert_grad_norms(engine))
+        update = engine.step(1e-2)
+        if told is not None:
+            told.losses.append(float(engine.sum_ranks(torch.tensor(loss_sum))) / RANKS)
+            told.counts.append(engine.sum_ranks(counts).int().tolist())
+            told.norms.append(update.grad_norm)
+
+
+def train(name: str, kind: Kind, folder: Path) -> Told:
+    case = CASES[name]
+    config = config_of(case, kind)
+    engine = built(case, config, name)
+    told = Told([], [], [], {}, find_sites(engine.module).info.num_parameters, {}, True)
+    take(engine, config, range(2), told)
+    if kind == "deepspeed":
+        kept = engine.weights()
+        engine.save_state(folder)
+    take(engine, config, range(2, STEPS), told)
+    told.weights.update({key: value.float().numpy() for key, value in engine.weights().items()})
+    if kind == "torch":
+        return told
+    passes = getattr(engine.module.model.draws, "passes", None)
+    engine.destroy()
+    again = built(case, config, name)
+    again.load_state(kept, folder)
+    take(again, config, range(2, STEPS), None)
+    same = all(np.array_equal(value.float(), told.weights[key]) for key, value in again.weights().items())
+    assert getattr(again.module.model.draws, "passes", None) == passes
+    again.destroy()
+    return told._replace(resumed=same)
+
+
+def work(rank: int, port: int, folder: Path, answer: Connection) -> None:
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": 0}
+    os.environ.update({key: str(value) for key, value in {**alone, "WORLD_SIZE": RANKS}.items()})
+    torch.set_num_threads(1)
+    try:
+        told = {name: {kind: train(name, kind, folder / name)._asdict() for kind in KINDS} for name in CASES}
+        if rank == 0:
+            answer.send(told)
+    except BaseException:
+        answer.send(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Told]]:
+    """Every case on four ranks, each rank with all experts (plain torch) and with its share of them."""
+    context, port, folder = (
+        multiprocessing.get_context("spawn"),
+        free_port(),
+        tmp_path_factory.mktemp("shares"),
+    )
+    pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
+    ranks = [
+        context.Process(target=work, args=(rank, port, folder, pipes[rank][1]), daemon=True)
+        for rank in range(RANKS)
+    ]
+    for process in ranks:
+        process.start()
+    assert pipes[0][0].poll(500)
+    told = pipes[0][0].recv()
+    for process in ranks:
+        process.join(60)
+    assert not isinstance(told, str), told
+    return {name: {kind: Told(**each) for kind, each in kinds.items()} for name, kinds in told.items()}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_shared_experts_train_as_whole_ones(trained: dict[str, dict[str, Told]], name: str) -> None:
+    whole, shared = trained[name]["torch"], trained[name]["deepspeed"]
+    close = CASES[name].tolerance
+    assert shared.losses == pytest.approx(whole.losses, abs=close)
+    assert whole.norms[0] > 0.05, "the gradient is clipped"
+    assert shared.parameters == whole.parameters == CASES[name].model.num_parameters()
+    assert shared.weights.keys() == whole.weights.keys()
+    if name == "bf16":  # the engines round at other places
+        return
+    assert shared.counts == whole.counts
+    assert shared.norms == pytest.approx(whole.norms, rel=1e-3)
+    assert shared.expert_norms == pytest.approx(whole.expert_norms, rel=1e-3, abs=1e-6)
+    for key, values in whole.weights.items():
+        np.testing.assert_allclose(shared.weights[key], values, atol=1e-3, err_msg=key)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_their_state_comes_back_to_the_bit(trained: dict[str, dict[str, Told]], name: str) -> None:
+    assert trained[name]["deepspeed"].resumed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"engine": "torch"},
+            r"expert_parallel=2 with engine=torch: only DeepSpeed shares; add --engine deepsp",
+        ),
+        ({"zero_stage": 3}, r"expert_parallel=2 with zero_stage=3 .* use --zero-stage 2"),
+        ({"num_ranks": 3}, r"expert_parallel=2 does not divide num_ranks=3; give --num-ranks a multiple"),
+        ({"expert_parallel": 0}, r"expert_parallel=0 is below 1"),
+        ({"auto_batch": True}, r"expert_parallel=2 with auto_batch: .* leave --auto-batch out"),
+        ({"dtype": "fp16", "zero_stage": 0}, r"expert_parallel=2 with dtype=fp16 .* use --zero-stage 1 or 2"),
+    ],
+)
+def test_what_cannot_share_says_why(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MoevizError, match=message):
+        EngineConfig(**{"engine": "deepspeed", "expert_parallel": 2, **changes})
+
+
+def test_experts_that_cannot_be_shared_evenly_are_refused() -> None:
+    three = EngineConfig(engine="deepspeed", expert_parallel=3)
+    with pytest.raises(MoevizError, match="expert_parallel=3 does not divide num_experts=8"):
+        TrainConfig(model=MODEL, engine=three)
+    with pytest.raises(MoevizError, match="expert_parallel=3, and this model has no experts"):
+        TrainConfig(model=replace(MODEL, first_dense_layers=2), engine=three)
+
+
+def test_one_rank_shares_with_nobody() -> None:
+    config = TrainConfig(
+        model=MODEL, engine=EngineConfig(engine="deepspeed", expert_parallel=2, device="cpu")
+    )
+    with pytest.raises(
+        MoevizError, match="expert_parallel=2 does not divide 1 ranks; give --num-ranks a multiple"
+    ):
+        build_engine(MoELanguageModel(MODEL), config)
