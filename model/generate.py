@@ -14,19 +14,17 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.endings import Decode, Endings
 from model.kv_cache import KVCache
 from model.lm import MoELanguageModel
 from model.sampling import Sampling, sample
+from model.speculative import Drafts, Text, check_drafts, speculate
 
-__all__ = ["NonCausalWarning", "Sampling", "before_stop", "generate", "sample", "stream"]
+__all__ = ["Decode", "Drafts", "NonCausalWarning", "Sampling", "before_stop", "generate", "sample", "stream"]
 
 
 class NonCausalWarning(UserWarning):
     """Text is drawn from a model that saw later tokens when it was trained."""
-
-
-Decode = Callable[[list[int]], str]
-"""Token ids to text."""
 
 
 def stream(
@@ -38,6 +36,7 @@ def stream(
     decode: Decode | None = None,
     cache: KVCache | None = None,
     prefill_chunk: int | None = None,
+    drafts: Drafts | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, int64 [B], until all have ended or nothing more is allowed.
 
@@ -54,24 +53,38 @@ def stream(
             comes before the prompt. None: a full one of just the size needed.
         prefill_chunk: read the prompt in pieces of so many tokens, in less memory. None: at once, or as much
             as fits beside what a forgetting cache keeps.
+        drafts: let the model's own modules for further tokens draft, and count what becomes of it
+            (`model.speculative`): the same distribution, or the same most likely tokens, in fewer passes.
 
-    Raises ValueError for an empty prompt, one that leaves no room, stop texts without `decode`, and padding
-    where positions must be absolute. Warns (`NonCausalWarning`) when the model's experts depended on later
-    tokens in training, for token by token they choose otherwise.
+    Raises ValueError for an empty prompt, one that leaves no room, stop texts without `decode`, padding where
+    positions must be absolute, and drafts of a model, or with a cache, that cannot have them. Warns
+    (`NonCausalWarning`) when the model's experts depended on later tokens in training, for token by token they
+    choose otherwise.
     """
     sampling = sampling or Sampling()
     batch, length = prompt_ids_BS.shape
     _check(model.config, sampling, attention_mask_BS, decode, cache)
     steps = _steps(model.config, length, sampling.max_new_tokens, cache)
     device = prompt_ids_BS.device
+    if drafts is not None:
+        check_drafts(model, cache)
     if cache is None:
         cache = KVCache(
-            model.config, batch_size=batch, max_length=length + steps, device=device, dtype=model.dtype
+            model.config,
+            batch_size=batch,
+            max_length=length + steps,
+            device=device,
+            dtype=model.dtype,
+            bounded=drafts is None,
         )
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
-    endings = _Endings(sampling, decode, batch, device)
+    endings = Endings(sampling, decode, batch, device)
     seen_BV = _seen(prompt_ids_BS, attention_mask_BS, model.config.vocab_size)
     mask_BC = attention_mask_BS
+    if drafts is not None:
+        text = Text(prompt_ids_BS, mask_BC, seen_BV, endings)
+        yield from speculate(model, text, sampling, generator, cache, drafts, steps, prefill_chunk)
+        return
     logits_BV = _read_prompt(model, prompt_ids_BS, mask_BC, cache, prefill_chunk)
     columns_DV = model.lm_head.columns() if _columns_pay(logits_BV, steps) else None
     for step in range(steps):
@@ -94,6 +107,7 @@ def generate(
     decode: Decode | None = None,
     cache: KVCache | None = None,
     prefill_chunk: int | None = None,
+    drafts: Drafts | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """The new tokens of every sequence, int64 [B, new]; `on_token` sees each step's [B] as it is made.
@@ -109,6 +123,7 @@ def generate(
         decode=decode,
         cache=cache,
         prefill_chunk=prefill_chunk,
+        drafts=drafts,
     ):
         if on_token is not None:
             on_token(ids_B)
@@ -120,37 +135,6 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
     """`text` up to the first of the stop texts in it, which is left out."""
     ends = [at for at in (text.find(each) for each in stop) if at >= 0]
     return text[: min(ends)] if ends else text
-
-
-class _Endings:
-    """Which sequences have ended, and why."""
-
-    def __init__(self, sampling: Sampling, decode: Decode | None, batch: int, device: torch.device) -> None:
-        self._sampling, self._decode = sampling, decode
-        self._ended_B = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._texts: list[list[int]] = [[] for _ in range(batch)]
-
-    @property
-    def all_ended(self) -> bool:
-        return bool(self._ended_B.all())
-
-    def mark(self, ids_B: Tensor) -> Tensor:
-        """What is yielded for the drawn tokens; notes which sequences end with them."""
-        eos_id = self._sampling.eos_id
-        ids_B = ids_B.masked_fill(self._ended_B, 0 if eos_id is None else eos_id)
-        if eos_id is not None:
-            self._ended_B = self._ended_B | (ids_B == eos_id)
-        if self._sampling.stop and self._decode is not None:
-            self._ended_B = self._ended_B | self._stopped(ids_B.tolist(), self._decode)
-        return ids_B
-
-    def _stopped(self, ids: list[int], decode: Decode) -> Tensor:
-        """Whole texts are decoded: a stop text may begin inside one token and end inside another."""
-        found = []
-        for text, token in zip(self._texts, ids, strict=True):
-            text.append(token)
-            found.append(any(stop in decode(text) for stop in self._sampling.stop))
-        return torch.tensor(found, device=self._ended_B.device)
 
 
 def _check(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from model.config import ModelConfig
-from model.kv_eviction import Eviction, HeavyHitterCache, SinksAndRecent, StreamingCache
+from model.kv_eviction import EvictingCache, Eviction, HeavyHitterCache, SinksAndRecent, StreamingCache
 from model.kv_latents import LatentCache
 from model.kv_layer import LayerCache, SlidingCache
 from model.kv_slots import Slots, Storage, make_slots
@@ -79,6 +79,11 @@ class KVCache:
     def forgets(self) -> bool:
         """Whether text may go on without end: early positions are forgotten."""
         return self._eviction is not None
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether `truncate` may: nothing was overwritten. Two-stage latents go back inside an open chunk only."""
+        return not any(isinstance(layer, SlidingCache | EvictingCache) for layer in self.layers)
 
     @property
     def prefill_chunk(self) -> int:

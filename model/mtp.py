@@ -2,7 +2,7 @@
 
 DeepSeek-V3's sequential form (arXiv:2412.19437, section 2.2). Module k joins what was known at position i with the
 embedding of token i + k and predicts token i + k + 1, so every prediction keeps its whole causal chain; embedding
-and output matrix are the model's own. They train the model and leave when it generates.
+and output matrix are the model's own. They train the model; when it generates they can draft (`model.speculative`).
 
 A module's block has the model's attention and a dense feed-forward layer, as wide as the experts that one token
 uses: it has no router, so every routing count and loss speaks of the model alone.
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.block import Block
 from model.config import ModelConfig
+from model.kv_cache import KVCache
 from model.masks import Reach, visible_in_documents
 from model.norm import build_norm
 from model.recompute import run_block
@@ -59,22 +60,27 @@ class MTPModule(nn.Module):
         embedded_BSD: Tensor,
         valid_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """[B, S, D], normalised: what the output matrix reads, and the module behind this one.
 
         Args:
             hidden_BSD: the same of the model, or of the module before.
             embedded_BSD: the further tokens.
-            valid_BS: False at padding.
+            valid_BS: False at padding; with a cache it covers the cached positions as well.
             documents_BS: positions of one number, side by side, read each other only.
+            cache: of this module's one block, to which these positions are added.
         """
         joined_BSD = self.eh_proj(torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1))
         reach, last = self.config.reach, self.config.num_layers - 1
-        rope = rope_tables(self.config, 0, joined_BSD.shape[1], joined_BSD, local=reach.is_local(last))
+        new = joined_BSD.shape[1]
+        start, length = (0, new) if cache is None else cache.rope_range(new)
+        rope = rope_tables(self.config, start, length, joined_BSD, local=reach.is_local(last))
         mask = None
         if documents_BS is not None:
             mask = visible_in_documents(Reach.of(reach, last), documents_BS, valid_BS)
-        output = run_block(self.block, self.recompute, joined_BSD, rope, valid_BS, None, None, mask)
+        held = None if cache is None else cache.layers[0]
+        output = run_block(self.block, self.recompute, joined_BSD, rope, valid_BS, held, None, mask)
         return self.norm(output.hidden_BSD)
 
 
@@ -83,6 +89,13 @@ class MultiTokenPrediction(nn.ModuleList):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(MTPModule(config) for _ in range(config.heads.mtp_depth))
+        self.config = config
+
+    def caches(self, batch_size: int, max_length: int, like: Tensor) -> list[KVCache]:
+        """An empty cache for each module, on the device and in the dtype of `like`, that can go back."""
+        one = replace(self.config, num_layers=1, first_dense_layers=1, dense_layers=())
+        size: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "bounded": False}
+        return [KVCache(one, **size, device=like.device, dtype=like.dtype) for _ in self]
 
     def losses(
         self,

@@ -58,10 +58,17 @@ def sample(
     logits_BV: Tensor, sampling: Sampling, generator: torch.Generator, seen_BV: Tensor | None = None
 ) -> Tensor:
     """Draw one token id per row, int64 [B]. `seen_BV` is True for tokens that are in the text already."""
-    if seen_BV is not None and sampling.repetition_penalty != 1:
-        logits_BV = _penalise(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
+        return _penalised(logits_BV, sampling, seen_BV).argmax(dim=-1)
+    return draw(probabilities(logits_BV, sampling, seen_BV), generator)
+
+
+def probabilities(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
+    """What `sample` draws from, float32 [B, V]; all on the most likely token where temperature is 0."""
+    logits_BV = _penalised(logits_BV, sampling, seen_BV)
+    if sampling.temperature == 0:
+        best_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits_BV, dtype=torch.float32).scatter_(-1, best_B1, 1.0)
     logits_BV = logits_BV.float() / sampling.temperature
     if sampling.top_k is not None:
         logits_BV = _keep_top_k(logits_BV, sampling.top_k)
@@ -69,11 +76,19 @@ def sample(
         logits_BV = _keep_top_p(logits_BV, sampling.top_p)
     if sampling.min_p is not None:
         logits_BV = _keep_min_p(logits_BV, sampling.min_p)
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator).squeeze(1)
+    return logits_BV.softmax(dim=-1)
 
 
-def _penalise(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Towards minus infinity: a positive logit is divided, a negative one multiplied."""
+def draw(probs_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """One id per row, int64 [B]; rows need not sum to 1."""
+    return torch.multinomial(probs_BV, 1, generator=generator).squeeze(1)
+
+
+def _penalised(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None) -> Tensor:
+    """Towards minus infinity where a token was seen: a positive logit is divided, a negative one multiplied."""
+    if seen_BV is None or sampling.repetition_penalty == 1:
+        return logits_BV
+    penalty = sampling.repetition_penalty
     lower_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return torch.where(seen_BV, lower_BV, logits_BV)
 
