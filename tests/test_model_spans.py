@@ -79,7 +79,12 @@ def test_ranks_of_one_number_draw_alike() -> None:
     config = ModelConfig(**SHAPE, router=router)  # type: ignore[arg-type]
     first, second = DrawSource(config), DrawSource(config)
     first.rank, second.rank = 3, 3
-    device = torch.device("cpu")
-    assert first(5, device)[0].noise_TE.equal(second(5, device)[0].noise_TE)
+    assert drawn(first).equal(drawn(second))
     first.rank, second.rank = 3, 4
-    assert not first(5, device)[0].noise_TE.equal(second(5, device)[0].noise_TE)
+    assert not drawn(first).equal(drawn(second))
+
+
+def drawn(source: DrawSource) -> Tensor:
+    noise_TE = source(5, torch.device("cpu"))[0].noise_TE
+    assert noise_TE is not None
+    return noise_TE

@@ -26,6 +26,7 @@ from trainer.frozen import freeze
 from trainer.judge import JUDGE_FILE, Judge
 from trainer.micro_batches import largest_that_fits
 from trainer.origin import Origin, find_origin, model_from
+from trainer.pipeline_layout import Layout
 from trainer.process_group import agree_on, join_ranks, launched_ranks, rank_seed
 from trainer.progress import Progress
 from trainer.recorder import Recorder, model_info, open_recorder, run_plan
@@ -68,7 +69,7 @@ class Assembly:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step, all ranks."""
-        return self.config.data.tokens_per_step * self.engine.world_size
+        return self.config.data.tokens_per_step * self.engine.num_replicas
 
     def close(self, error: BaseException | None) -> None:
         """Finish the recording and release the engine; `error` is what ended training, if something did."""
@@ -125,7 +126,7 @@ def _assemble(
 ) -> Assembly:
     """The parts that touch the run folder, which is locked now."""
     first_step = found.step if found else 0
-    sequences = config.data.sequences_per_step * engine.world_size
+    sequences = config.data.sequences_per_step * engine.num_replicas
     if engine.rank == 0 and (told := text.repetition(config.max_steps, sequences)):
         progress.note(told)
     if found and engine.rank == 0:
@@ -159,7 +160,7 @@ def _assemble(
         run=run,
         engine=engine,
         text=text,
-        learning_rate=learning_rate_of(config, config.data.tokens_per_step * engine.world_size),
+        learning_rate=learning_rate_of(config, config.data.tokens_per_step * engine.num_replicas),
         recorder=recorder,
         notifiers=notifiers,
         first_step=first_step,
@@ -178,6 +179,7 @@ def _ranks(config: TrainConfig) -> int:
             f"num_ranks={wanted}, but {launched} processes run; `moeviz train --num-ranks {wanted}` starts them, or "
             "leave it out and use a launcher"
         )
+    Layout.of(0, launched, config.engine.pipeline_stages)  # refuses what cannot be shared out
     return launched
 
 
@@ -242,7 +244,7 @@ def _engine(
     if found.num_ranks != engine.world_size:
         progress.note(
             f"{found.num_ranks} ranks before, {engine.world_size} now: each step still has "
-            f"{config.data.sequences_per_step * engine.world_size} sequences, "
+            f"{config.data.sequences_per_step * engine.num_replicas} sequences, "
             f"{config.data.gradient_accumulation_steps} micro-batches of {config.data.batch_size} on each rank"
         )
     restore(found, engine)

@@ -62,6 +62,11 @@ class Checkpoint:
     """Processes that wrote it."""
 
     @property
+    def num_replicas(self) -> int:
+        """Parts in which they read each step; fewer than processes where several held a model together."""
+        return self.num_ranks // self.config.engine.pipeline_stages
+
+    @property
     def tokenizer_file(self) -> Path | None:
         """The run's tokenizer; None for a run on token files without one."""
         path = self.path / TOKENIZER_FILE

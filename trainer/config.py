@@ -259,6 +259,7 @@ class TrainConfig:
         self._check_optimizer()
         self._check_responses()
         self._check_pruning()
+        self._check_stages()
         self._check_experts()
 
     def _check_pruning(self) -> None:
@@ -281,6 +282,31 @@ class TrainConfig:
         if ranks > 1 and experts % ranks:
             raise MoevizError(
                 f"expert_parallel={ranks} does not divide num_experts={experts}; every rank holds as many"
+            )
+
+    def _check_stages(self) -> None:
+        stages, layers = self.engine.pipeline_stages, self.model.num_layers
+        if stages == 1:
+            return
+        told = f"pipeline_stages={stages}"
+        require_rule(
+            stages <= layers,
+            told,
+            f"exceeds num_layers={layers}, and every stage needs a block; give at most {layers}",
+        )
+        if self.prune.plan:
+            raise MoevizError(
+                f"{told} with prune_experts: no rank has all experts; use --pipeline-stages 1 for it"
+            )
+        if "reinit_router" in {response.action for response in self.response.responses}:
+            raise MoevizError(
+                f"{told} with on_alert reinit_router: the router may be another rank's; use another action, or "
+                "--pipeline-stages 1"
+            )
+        if self.log_routing and self.sampling.has_budget:
+            raise MoevizError(
+                f"{told} with a limit on samples: each stage would thin its own and the rest not fit together; lower "
+                "--route-sequences or raise --route-every instead"
             )
 
     def _check_responses(self) -> None:

@@ -1,16 +1,19 @@
 """What runs a step: the few verbs that the training loop knows, the same for plain torch and for DeepSpeed.
 
-    for every micro-batch: engine.backward(loss of engine.forward(inputs, labels), share of the step, is it the last)
+    engine.accumulate(passes)                      forward and backward of every micro-batch
     gradient norm, taken = engine.step(learning rate)
 
-An engine owns the model's placement and precision, the gradients and the optimizer. It knows nothing of data,
-schedules, balancing or logging.
+Most engines take one micro-batch after the other, by `one_by_one`; a pipeline has several under way. An engine owns
+the model's placement and precision, the gradients and the optimizer. It knows nothing of data, schedules, balancing or
+logging.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +36,22 @@ class Update(NamedTuple):
     """fp16: the gradient outgrew the loss scale, which is lower now; nothing is wrong with the run."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """One micro-batch of a step, and who wants to know of it."""
+
+    input_ids_BS: Tensor
+    labels_BS: Tensor
+    share: float
+    """Its part of the step; those of a step's micro-batches sum to 1."""
+    begin: Callable[[], Mapping[str, Tensor]]
+    """Called right before its forward: what else the model is handed."""
+    loss_of: Callable[[ModelOutput], Tensor]
+    """Mean over the micro-batch."""
+    end: Callable[[ModelOutput], None]
+    """Called once behind its forward."""
+
+
 class Engine(Protocol):
     """One model being trained, on one rank."""
 
@@ -41,6 +60,11 @@ class Engine(Protocol):
     device: torch.device
     rank: int
     world_size: int
+    """Processes of the run."""
+    replica: int
+    """Which part of each step's sequences this rank reads."""
+    num_replicas: int
+    """Parts of a step; as many as ranks, unless several ranks hold a model together."""
 
     def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
         """Run one micro-batch with gradients on; `more` is handed to the model."""
@@ -53,6 +77,9 @@ class Engine(Protocol):
             share: its part of the step; those of a step's micro-batches sum to 1.
             last: whether `step` comes next.
         """
+
+    def accumulate(self, passes: Sequence[Pass]) -> None:
+        """Forward and backward of all micro-batches of a step, in order; `step` comes next."""
 
     def step(self, learning_rate: float) -> Update:
         """Clip, update the weights, clear the gradients. Without an update where the gradient is not finite."""
@@ -72,8 +99,14 @@ class Engine(Protocol):
     def sum_ranks(self, values: Tensor) -> Tensor:
         """The element-wise sum of a tensor over all ranks; the tensor itself on a single rank."""
 
+    def sum_replicas(self, values: Tensor) -> Tensor:
+        """The same over the ranks that compute what this one computes, of other sequences: in the middle of a pass."""
+
     def weights(self) -> dict[str, Tensor]:
-        """Whole weights and persistent buffers by name, on the CPU, as they are evaluated. Every rank must call it."""
+        """Whole weights and persistent buffers by name, on the CPU, as they are evaluated. Every rank must call it.
+
+        Where several ranks hold a model together, only the first one is told all of it.
+        """
 
     def save_state(self, folder: Path) -> None:
         """Write what resuming needs beside `weights()`, each rank its own files. Every rank must call it."""
@@ -85,12 +118,24 @@ class Engine(Protocol):
         """Release what outlives the object; the module stays usable."""
 
 
+def one_by_one(engine: Engine, passes: Sequence[Pass]) -> None:
+    """Each micro-batch forward and backward before the next one."""
+    for index, each in enumerate(passes):
+        output = engine.forward(each.input_ids_BS, each.labels_BS, **each.begin())
+        engine.backward(each.loss_of(output), share=each.share, last=index == len(passes) - 1)
+        each.end(output)
+
+
 def build_engine(model: MoELanguageModel, config: TrainConfig) -> Engine:
     """The engine that `config.engine` names, with the model placed on its device in its precision."""
     if config.engine.engine == "deepspeed":
         from trainer.engine_deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config)
+    if config.engine.pipeline_stages > 1:
+        from trainer.engine_pipeline import PipelineEngine
+
+        return PipelineEngine(model, config)
     from trainer.engine_torch import TorchEngine
 
     return TorchEngine(model, config)

@@ -26,6 +26,9 @@ class EngineConfig:
     expert_parallel: int = 1
     """Ranks that share the experts of each layer, through DeepSpeed: each holds num_experts / expert_parallel of them,
     and tokens travel there and back. A divisor of num_experts and of num_ranks. 1: each rank holds them all."""
+    pipeline_stages: int = 1
+    """Ranks that divide the layers among them, one behind the other, so that a model needs to fit into none of them. A
+    step's micro-batches pass through in turn: accumulate as many as stages, or more. 1: each rank has all layers."""
     rank_timeout: float = 10.0
     """Minutes that a rank waits for another one before the run ends."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -56,6 +59,7 @@ class EngineConfig:
                 "--engine deepspeed"
             )
         self._check_experts()
+        self._check_stages()
         if self.auto_batch and self.engine == "deepspeed" and self.zero_stage == 3:
             raise MoevizError(
                 "auto_batch cannot try a micro-batch on divided weights; use --zero-stage 2 or less, or a "
@@ -95,3 +99,24 @@ class EngineConfig:
             )
         if self.dtype == "fp16" and self.zero_stage == 0:
             raise MoevizError(f"{told} with dtype=fp16 needs the loss scale of ZeRO; use --zero-stage 1 or 2")
+
+    def _check_stages(self) -> None:
+        stages, told = self.pipeline_stages, f"pipeline_stages={self.pipeline_stages}"
+        require_rule(stages >= 1, told, "is below 1; leave it out for ranks that have all layers each")
+        if stages == 1:
+            return
+        if self.engine != "torch":
+            raise MoevizError(
+                f"{told} with engine={self.engine}: only torch's pipeline is built in; use --engine torch"
+            )
+        if self.num_ranks is not None and self.num_ranks % stages:
+            raise MoevizError(
+                f"{told} does not divide num_ranks={self.num_ranks}; give --num-ranks a multiple of it"
+            )
+        if self.auto_batch:
+            raise MoevizError(
+                f"{told} with auto_batch: the stages must agree on the size; leave --auto-batch out, and lower "
+                "--batch-size if it does not fit"
+            )
+        if self.compile:
+            raise MoevizError(f"{told} with compile: a stage is no program of its own; leave --compile out")

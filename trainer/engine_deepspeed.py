@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import distributed as dist
 from model.lm import ModelOutput, MoELanguageModel
 from moeviz.errors import MoevizError, require
 from trainer.config import TrainConfig
-from trainer.engine import Update, choose_device
+from trainer.engine import Pass, Update, choose_device, one_by_one
 from trainer.engine_deepspeed_config import deepspeed_config
 from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 from trainer.process_group import join_ranks, local_rank
@@ -47,6 +47,7 @@ class DeepSpeedEngine:
         join_ranks(config.engine.rank_timeout)
         deepspeed = _import_deepspeed()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.replica, self.num_replicas = self.rank, self.world_size
         self.device = choose_device(config.engine.device, local_rank())
         settings = deepspeed_config(config, self.world_size)
         self._shares = _share_experts(model, config, self.world_size, settings)
@@ -76,6 +77,9 @@ class DeepSpeedEngine:
         self._loss += loss.detach() * share
         if not last:
             self._engine.step()
+
+    def accumulate(self, passes: Sequence[Pass]) -> None:
+        one_by_one(self, passes)
 
     def step(self, learning_rate: float) -> Update:
         set_learning_rate(self._optimizer, learning_rate)
@@ -167,6 +171,9 @@ class DeepSpeedEngine:
         total = values.clone()
         dist.all_reduce(total)
         return total
+
+    def sum_replicas(self, values: Tensor) -> Tensor:
+        return self.sum_ranks(values)
 
     def weights(self) -> dict[str, Tensor]:
         parameters = list(self.module.parameters())

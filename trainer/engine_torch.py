@@ -7,27 +7,28 @@ average their gradients after the last micro-batch of a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from model.lm import ModelOutput, MoELanguageModel
 from model.prune import Sources, carry_optimizer_state, with_experts
 from moeviz.errors import MoevizError
+from trainer.checkpoint import with_tied
 from trainer.config import TrainConfig
-from trainer.engine import Update, choose_device
+from trainer.engine import Pass, Update, choose_device, one_by_one
 from trainer.frozen import freeze
 from trainer.loss_scale import LossScale
 from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 from trainer.precision import MasterWeights, cast_weights
 from trainer.process_group import average_gradients, join_ranks, launched_ranks, local_rank
 
-_STATE_FILE = "optimizer.pt"
+STATE_FILE = "optimizer.pt"
 
 
 class TorchEngine:
@@ -38,8 +39,9 @@ class TorchEngine:
         if self.world_size > 1:
             join_ranks(config.engine.rank_timeout)
             self.rank = dist.get_rank()
+        self.replica, self.num_replicas = self.rank, self.world_size
         self.device = choose_device(config.engine.device, local_rank())
-        self.module = model.to(self.device)
+        self.module = self._placed(model)
         cast_weights(self.module, config.engine.dtype)
         if config.engine.gradient_checkpointing:
             self.module.gradient_checkpointing_enable()
@@ -49,6 +51,9 @@ class TorchEngine:
         self._averages = config.optim.optimizer == "schedulefree"
         self._scale = LossScale(config.engine.dtype)
         self._max_norm = config.optim.grad_clip or float("inf")
+
+    def _placed(self, model: MoELanguageModel) -> MoELanguageModel:
+        return model.to(self.device)
 
     def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
         forward = self._forward if torch.is_grad_enabled() else self.module
@@ -60,10 +65,13 @@ class TorchEngine:
         if last and self.world_size > 1:
             average_gradients([weight for _, weight in self._masters.named()])
 
+    def accumulate(self, passes: Sequence[Pass]) -> None:
+        one_by_one(self, passes)
+
     def step(self, learning_rate: float) -> Update:
         weights = [weight for _, weight in self._masters.named()]
         self._scale.unscale(weights)
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, self._max_norm))
+        norm = self._clip(weights)
         finite = math.isfinite(norm)
         if finite:
             set_learning_rate(self._optimizer, learning_rate)
@@ -71,6 +79,10 @@ class TorchEngine:
             self._masters.publish()
         self.discard()
         return Update(norm, finite, self._scale.update(finite))
+
+    def _clip(self, weights: Sequence[nn.Parameter]) -> float:
+        """Shorten the gradient to the longest that is allowed. Returns its norm before."""
+        return float(torch.nn.utils.clip_grad_norm_(weights, self._max_norm))
 
     def discard(self) -> None:
         self._optimizer.zero_grad()
@@ -118,28 +130,37 @@ class TorchEngine:
         dist.all_reduce(total)
         return total
 
+    def sum_replicas(self, values: Tensor) -> Tensor:
+        return self.sum_ranks(values)
+
     def weights(self) -> dict[str, Tensor]:
         with self.evaluating():
             # On the CPU `cpu()` copies nothing, and after this block the averages are gone.
-            values = {name: value.detach() for name, value in self.module.state_dict().items()}
+            state = self.module.state_dict().items()
+            values = {name: value.detach() for name, value in state if not value.is_meta}
             return {
                 name: value.cpu().clone() if self._averages else value.cpu() for name, value in values.items()
             }
 
     def save_state(self, folder: Path) -> None:
-        if self.rank > 0:
-            return
-        state = {
+        if self.rank == 0:
+            torch.save(self._state(), folder / STATE_FILE)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the weights."""
+        return {
             "optimizer": self._optimizer.state_dict(),
             "masters": self._masters.state(),
             "scale": self._scale.state(),
             "trained": self._trained_weights() if self._averages else {},
         }
-        torch.save(state, folder / _STATE_FILE)
 
     def load_state(self, weights: dict[str, Tensor], folder: Path) -> None:
         self.module.load_state_dict(weights)
-        state = torch.load(folder / _STATE_FILE, map_location=self.device, weights_only=True)
+        self._load(torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True))
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `_state`."""
         self._optimizer.load_state_dict(state["optimizer"])
         self._masters.load(state["masters"])
         if "scale" in state:
@@ -154,7 +175,7 @@ class TorchEngine:
             ValueError: see `model.prune.with_experts`.
         """
         exact = MoELanguageModel(self.module.config)
-        exact.load_state_dict({**self.module.state_dict(), **self._masters.state()})
+        exact.load_state_dict(with_tied({**self.module.state_dict(), **self._masters.state()}, exact.config))
         small = with_experts(exact, sources)
         weights = {name: weight.detach().clone() for name, weight in small.named_parameters()}
         freeze(small, config.freeze, config.train_only)

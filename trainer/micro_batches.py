@@ -113,7 +113,7 @@ def largest_that_fits(engine: Engine, text: Text, config: TrainConfig) -> int:
     """
     whole = _joined(
         [
-            text.batches.batch(0, micro, engine.rank, engine.world_size)
+            text.batches.batch(0, micro, engine.replica, engine.num_replicas)
             for micro in range(config.data.gradient_accumulation_steps)
         ]
     )

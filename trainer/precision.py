@@ -32,7 +32,8 @@ class MasterWeights:
     """The fp32 side of a model's parameters: the parameter, or a master copy of a low-precision one."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = dict(model.named_parameters())
+        # What a stage of a pipeline does not hold is on `meta`.
+        self._weights = {name: weight for name, weight in model.named_parameters() if not weight.is_meta}
         self._masters = {
             name: nn.Parameter(weight.detach().float(), requires_grad=weight.requires_grad)
             for name, weight in self._weights.items()

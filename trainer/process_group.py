@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,22 +109,22 @@ def _is_loss(error: RuntimeError) -> bool:
 
 
 @torch.no_grad()
-def average_gradients(weights: Sequence[nn.Parameter]) -> None:
+def average_gradients(weights: Sequence[nn.Parameter], group: Any = None) -> None:
     """Replace each gradient by its mean over the ranks. Every rank must call it with the same weights.
 
-    A weight without a gradient counts as zero, unless no rank has one.
+    A weight without a gradient counts as zero, unless no rank has one. `group`: ranks with these weights; None: all.
     """
     weights = [weight for weight in weights if weight.requires_grad]
     if not weights:
         return
     present = torch.tensor([float(weight.grad is not None) for weight in weights], device=weights[0].device)
-    dist.all_reduce(present)
+    dist.all_reduce(present, group=group)
     used = [weight for weight, ranks in zip(weights, present.tolist(), strict=True) if ranks]
     for weight in used:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
     for bucket in _buckets(used):
-        _average([weight.grad for weight in bucket if weight.grad is not None])
+        _average([weight.grad for weight in bucket if weight.grad is not None], group)
 
 
 def _buckets(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -138,9 +139,9 @@ def _buckets(weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield bucket
 
 
-def _average(gradients: Sequence[Tensor]) -> None:
+def _average(gradients: Sequence[Tensor], group: Any) -> None:
     flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
     for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

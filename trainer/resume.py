@@ -76,20 +76,21 @@ def on_ranks(found: Checkpoint, config: TrainConfig, ranks: int) -> TrainConfig:
         MoevizError: the sequences of a step cannot be shared evenly, or the config's sizes make other steps.
     """
     then, now = found.config.data, config.data
-    if ranks == found.num_ranks:
+    parts = ranks // config.engine.pipeline_stages
+    if parts == found.num_replicas:
         return config
     if found.config.engine.expert_parallel > 1:
         raise MoevizError(
             f"{found.path} is of {found.num_ranks} ranks that share experts, and DeepSpeed gathers no such state for "
             f"others; go on with --num-ranks {found.num_ranks}, or begin anew from its weights with --init-from"
         )
-    whole = then.sequences_per_step * found.num_ranks
-    if whole % ranks:
+    whole = then.sequences_per_step * found.num_replicas
+    if whole % parts:
         raise MoevizError(
-            f"a step of {found.path} has {whole} sequences, which {ranks} ranks cannot share evenly; "
+            f"a step of {found.path} has {whole} sequences, which {parts} ranks cannot share evenly; "
             "use as many ranks as divide it"
         )
-    share = whole // ranks
+    share = whole // parts
     if any(getattr(now, name) != getattr(then, name) for name in _PER_RANK):
         if now.sequences_per_step != share:
             raise MoevizError(
@@ -111,9 +112,10 @@ def check_resumable(found: Checkpoint, config: TrainConfig, ranks: int | None = 
         MoevizError: names the first field that differs.
     """
     then, now = _flat(asdict(found.config)), _flat(asdict(config))
+    alike = ranks is None or ranks // config.engine.pipeline_stages == found.num_replicas
     for name, value in now.items():
         fixed = name.split(".")[0] in _FIXED or name in _FIXED
-        if ranks not in (None, found.num_ranks) and name.removeprefix("data.") in _PER_RANK:
+        if not alike and name.removeprefix("data.") in _PER_RANK:
             continue
         if fixed and value != then[name]:
             raise MoevizError(

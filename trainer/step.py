@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from model.lm import ModelOutput
 from trainer.assembly import Assembly
 from trainer.balance import move_bias, training_loss
 from trainer.data_batches import Batch
-from trainer.engine import Update
+from trainer.engine import Pass, Update
 from trainer.gradients import expert_grad_norms
 from trainer.micro_batches import chance_kept, cut, is_out_of_memory, smaller
 
@@ -42,12 +44,22 @@ class StepTaken:
 
 @dataclass(kw_only=True)
 class StepSums:
-    """What the micro-batches of a step add up to, on one rank."""
+    """What the micro-batches of a step add up to, on one rank; of a part of the model the rest is zero."""
 
     loss: Tensor
     counts_LE: Tensor
     z_L: Tensor
     side_losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, output: ModelOutput, share: float) -> None:
+        """Add a micro-batch that is this part of the step."""
+        assert output.ce is not None
+        self.loss = self.loss + output.ce.detach() * share
+        self.counts_LE = self.counts_LE + output.expert_counts_LE
+        self.z_L = self.z_L + output.aux["z"].detach() * share
+        for name in sorted(output.aux.keys() & {"contrastive", "mtp"}):
+            before = self.side_losses.get(f"{name}_loss", 0.0)
+            self.side_losses[f"{name}_loss"] = before + output.aux[name].detach() * share
 
 
 def take_step(parts: Assembly, step: int) -> StepTaken:
@@ -55,7 +67,7 @@ def take_step(parts: Assembly, step: int) -> StepTaken:
     begin = time.perf_counter()
     engine, config = parts.engine, parts.config
     sums = _forward_backward(parts, step)
-    loss = float(engine.sum_ranks(sums.loss)) / engine.world_size
+    loss = float(engine.sum_ranks(sums.loss)) / engine.num_replicas
     counts_LE = engine.sum_ranks(sums.counts_LE)
     learning_rate = parts.learning_rate((step + 1) * parts.tokens_per_step) * parts.standing.rate_factor
     every = config.optim.expert_grad_every
@@ -72,10 +84,10 @@ def take_step(parts: Assembly, step: int) -> StepTaken:
         update=update,
         learning_rate=learning_rate,
         counts_LE=counts_LE,
-        z_L=engine.sum_ranks(sums.z_L) / engine.world_size if parts.judge else sums.z_L,
+        z_L=engine.sum_ranks(sums.z_L) / engine.num_replicas if parts.judge else sums.z_L,
         expert_grads=expert_grads,
         side_losses={
-            name: float(engine.sum_ranks(value)) / engine.world_size
+            name: float(engine.sum_ranks(value)) / engine.num_replicas
             for name, value in sums.side_losses.items()
         },
         seconds=time.perf_counter() - begin,
@@ -106,7 +118,7 @@ def _accumulate(parts: Assembly, step: int, size: int) -> StepSums:
     engine, data = parts.engine, parts.text.batches
     micro_batches = cut(
         (
-            data.batch(step + parts.standing.data_offset, micro, engine.rank, engine.world_size)
+            data.batch(step + parts.standing.data_offset, micro, engine.replica, engine.num_replicas)
             for micro in range(parts.config.data.gradient_accumulation_steps)
         ),
         size,
@@ -117,31 +129,34 @@ def _accumulate(parts: Assembly, step: int, size: int) -> StepSums:
         z_L=torch.zeros((), device=engine.device),
     )
     rows = sum(len(batch.domains) for batch in micro_batches)
-    for index, batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        _one_micro_batch(parts, batch, sums, share=len(batch.domains) / rows, last=last)
+    engine.accumulate([_pass(parts, batch, sums, len(batch.domains) / rows) for batch in micro_batches])
     return sums
 
 
-def _one_micro_batch(parts: Assembly, batch: Batch, sums: StepSums, *, share: float, last: bool) -> None:
-    engine = parts.engine
-    parts.recorder.label(batch.domains)
-    output = engine.forward(
-        torch.from_numpy(batch.input_ids_BS).to(engine.device),
-        torch.from_numpy(batch.labels_BS).to(engine.device),
-        **_losses_of_a_step(parts, batch, sums),
+def _pass(parts: Assembly, batch: Batch, sums: StepSums, share: float) -> Pass:
+    """One micro-batch, which adds to `sums` and tells the recorder of itself."""
+
+    def begin() -> Mapping[str, Tensor]:
+        parts.recorder.label(batch.domains)
+        return _losses_of_a_step(parts, batch, sums)
+
+    def loss_of(output: ModelOutput) -> Tensor:
+        return training_loss(output, parts.standing.balance(parts.config.balance))
+
+    def end(output: ModelOutput) -> None:
+        assert output.ce is not None
+        if output.token_loss_BS is not None:
+            parts.recorder.token_loss(output.token_loss_BS)
+        sums.add(output, share)
+
+    return Pass(
+        input_ids_BS=torch.from_numpy(batch.input_ids_BS).to(parts.engine.device),
+        labels_BS=torch.from_numpy(batch.labels_BS).to(parts.engine.device),
+        share=share,
+        begin=begin,
+        loss_of=loss_of,
+        end=end,
     )
-    loss = training_loss(output, parts.standing.balance(parts.config.balance))
-    engine.backward(loss, share=share, last=last)
-    assert output.ce is not None
-    assert output.token_loss_BS is not None
-    parts.recorder.token_loss(output.token_loss_BS)
-    sums.loss = sums.loss + output.ce.detach() * share
-    sums.counts_LE = sums.counts_LE + output.expert_counts_LE
-    sums.z_L = sums.z_L + output.aux["z"].detach() * share
-    for name in sorted(output.aux.keys() & {"contrastive", "mtp"}):
-        before = sums.side_losses.get(f"{name}_loss", 0.0)
-        sums.side_losses[f"{name}_loss"] = before + output.aux[name].detach() * share
 
 
 def _losses_of_a_step(parts: Assembly, batch: Batch, sums: StepSums) -> dict[str, Tensor]:
@@ -149,7 +164,7 @@ def _losses_of_a_step(parts: Assembly, batch: Batch, sums: StepSums) -> dict[str
     more: dict[str, Tensor] = {}
     model, engine = parts.engine.module.config, parts.engine
     if model.router.balance_scope == "global" and sums.counts_LE.ndim:
-        more["counts_so_far_LE"] = engine.sum_ranks(sums.counts_LE)
+        more["counts_so_far_LE"] = engine.sum_replicas(sums.counts_LE)
     if model.heads.contrastive_width:
         names = parts.text.batches.domains
         labels = [names.index(domain) for domain in batch.domains]
