@@ -133,9 +133,18 @@ def test_a_field_of_another_version_is_refused() -> None:
         ),
         (
             lambda: TrainConfig(
-                optim=OptimConfig(optimizer="muon"), engine=EngineConfig(engine="deepspeed", zero_stage=2)
+                optim=OptimConfig(optimizer="schedulefree"),
+                schedule=ScheduleConfig(schedule="constant"),
+                engine=EngineConfig(engine="deepspeed", zero_stage=3),
             ),
-            "zero_stage=2 keeps flat shares of them; use --engine torch or --zero-stage 0",
+            "zero_stage=3 has neither whole; use --zero-stage 2 or less, or --engine torch",
+        ),
+        (
+            lambda: TrainConfig(
+                prune=PruneConfig(prune_experts=("5=4",)),
+                engine=EngineConfig(engine="deepspeed", zero_stage=3),
+            ),
+            "prune_experts needs whole weights, and zero_stage=3 has none; use --zero-stage 2",
         ),
         (lambda: EngineConfig(engine="deepspeed", dtype="bf16", zero_stage=0), "use zero_stage=1"),
         (

@@ -34,11 +34,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def config_of(engine: str = "torch", stage: int = 0, dtype: str = "fp32", clip: float = 1.0) -> TrainConfig:
+def config_of(
+    engine: str = "torch", stage: int = 0, dtype: str = "fp32", clip: float = 1.0, optimizer: str = "adamw"
+) -> TrainConfig:
     return TrainConfig(
         model=MODEL,
         data=InputConfig(seq_len=S, batch_size=B, gradient_accumulation_steps=MICRO),
-        optim=OptimConfig(grad_clip=clip),
+        optim=OptimConfig(grad_clip=clip, optimizer=optimizer),  # type: ignore[arg-type]
         engine=EngineConfig(engine=engine, zero_stage=stage, dtype=dtype, device="cpu"),  # type: ignore[arg-type]
     )
 

@@ -60,17 +60,32 @@ def event_of(run: Path, kind: str) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "dtype"), [("adamw", "fp32"), ("adamw", "bf16"), ("muon", "fp32"), ("schedulefree", "fp32")]
+    ("optimizer", "dtype", "stage"),
+    [
+        ("adamw", "fp32", None),
+        ("adamw", "bf16", None),
+        ("muon", "fp32", None),
+        ("schedulefree", "fp32", None),
+        ("adamw", "fp32", 0),
+        ("adamw", "bf16", 2),
+        ("muon", "fp32", 2),
+        ("schedulefree", "fp32", 1),
+    ],
 )
 def test_without_an_expert_that_nobody_used_training_is_as_with_it(
-    optimizer: str, dtype: str, one_unused_expert: None, tmp_path: Path
+    optimizer: str, dtype: str, stage: int | None, one_unused_expert: None, tmp_path: Path
 ) -> None:
+    """On plain torch, and on DeepSpeed where a ZeRO stage is given."""
+    engine: dict[str, Any] = (
+        {"engine": "torch"} if stage is None else {"engine": "deepspeed", "zero_stage": stage}
+    )
+    pytest.importorskip(engine["engine"], reason="DeepSpeed is not installed")
     if optimizer == "schedulefree":
         pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     parts: dict[str, Any] = {
         "optim": {"optimizer": optimizer, "weight_decay": 0.0},
         "schedule": {"schedule": "constant"},
-        "engine": {"dtype": dtype},
+        "engine": {"dtype": dtype, **engine},
     }
     whole = train(config_of(tmp_path / "whole", (), **parts))
     pruned = train(config_of(tmp_path / "run", **parts))

@@ -21,6 +21,7 @@ from moeviz.store import queries_series as queries
 from moeviz.store.reader import open_run
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.config import TrainConfig
+from trainer.evaluate import evaluation_scalars
 from trainer.train import TrainResult, train
 
 __all__ = ["corpus_cache", "no_packing"]
@@ -74,17 +75,31 @@ def test_resuming_is_going_on(engine: str, stage: int, dtype: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "dtype"), [("muon", "fp32"), ("schedulefree", "fp32"), ("schedulefree", "bf16")]
+    ("optimizer", "dtype", "stage"),
+    [
+        ("muon", "fp32", None),
+        ("schedulefree", "fp32", None),
+        ("schedulefree", "bf16", None),
+        ("muon", "fp32", 0),
+        ("muon", "bf16", 2),
+        ("muon", "fp32", 3),
+        ("schedulefree", "fp32", 0),
+        ("schedulefree", "bf16", 1),
+        ("schedulefree", "fp32", 2),
+    ],
 )
 def test_every_optimizer_goes_on_where_it_was(
-    optimizer: str, dtype: str, tmp_path: Path, no_packing: None
+    optimizer: str, dtype: str, stage: int | None, tmp_path: Path, no_packing: None
 ) -> None:
+    """On plain torch, and on DeepSpeed where a ZeRO stage is given, which takes the same steps."""
+    engine = {"engine": "torch"} if stage is None else {"engine": "deepspeed", "zero_stage": stage}
+    pytest.importorskip(str(engine["engine"]), reason="DeepSpeed is not installed")
     if optimizer == "schedulefree":
         pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     parts = {
         "optim": {"optimizer": optimizer},
         "schedule": {"schedule": "constant"},
-        "engine": {"dtype": dtype},
+        "engine": {"dtype": dtype, **engine},
     }
     whole = train(toy(tmp_path / "whole", **parts))
     config = toy(tmp_path / "stopped", **parts)
@@ -94,6 +109,11 @@ def test_every_optimizer_goes_on_where_it_was(
     assert_same_weights(whole.checkpoint, second.checkpoint)
     assert second.evaluations[6] == whole.evaluations[6]
     assert min(whole.losses) < whole.losses[0]
+    if stage is not None and dtype == "fp32":
+        plain = train(toy(tmp_path / "plain", **{**parts, "engine": {"dtype": dtype}}))
+        assert whole.losses == pytest.approx(plain.losses, abs=1e-4)
+        averages = [evaluation_scalars(result.evaluations[6])["val_loss"] for result in (whole, plain)]
+        assert averages[0] == pytest.approx(averages[1], abs=1e-4)
 
 
 def test_schedule_free_evaluates_and_saves_the_average_it_trains_towards(

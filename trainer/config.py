@@ -272,8 +272,17 @@ class TrainConfig:
                 f"is not between top_k={self.model.top_k} and the {before} experts before, so nothing can leave",
             )
             before = experts
-        if self.prune.plan and self.engine.engine != "torch":
-            raise MoevizError("prune_experts needs whole optimizer state; use --engine torch")
+        engine = self.engine
+        if self.prune.plan and engine.engine == "deepspeed" and engine.zero_stage == 3:
+            raise MoevizError(
+                "prune_experts needs whole weights, and zero_stage=3 has none; use --zero-stage 2 or less, or --engine "
+                "torch"
+            )
+        if self.prune.plan and engine.expert_parallel > 1:
+            raise MoevizError(
+                f"prune_experts with expert_parallel={engine.expert_parallel}: no rank holds all experts; leave one out"
+            )
+        self._check_masters("prune_experts", bool(self.prune.plan))
 
     def _check_experts(self) -> None:
         ranks, experts = self.engine.expert_parallel, self.model.num_experts
@@ -321,18 +330,26 @@ class TrainConfig:
                 "on_alert reinit_router cannot reach divided weights; use --zero-stage 2 or less"
             )
 
+    def _check_masters(self, what: str, wanted: bool) -> None:
+        engine = self.engine
+        if wanted and engine.engine == "deepspeed" and (engine.zero_stage, engine.dtype) == (0, "fp16"):
+            raise MoevizError(
+                f"{what} with dtype=fp16 needs the fp32 masters of ZeRO; use --zero-stage 1 or 2, or --engine torch"
+            )
+
     def _check_optimizer(self) -> None:
         name, shape, engine = self.optim.optimizer, self.schedule.schedule, self.engine
         if name == "schedulefree" and shape != "constant":
             raise MoevizError(
                 f"optimizer=schedulefree with schedule={shape} lowers the rate twice; add --schedule constant"
             )
-        sharded = engine.engine == "deepspeed" and (engine.zero_stage > 0 or name == "schedulefree")
-        if name != "adamw" and sharded:
+        divided = engine.engine == "deepspeed" and engine.zero_stage == 3
+        if name == "schedulefree" and divided:
             raise MoevizError(
-                f"optimizer={name} needs whole matrices, and DeepSpeed with zero_stage={engine.zero_stage} keeps flat "
-                f"shares of them; use --engine torch{' or --zero-stage 0' if name == 'muon' else ''}"
+                "optimizer=schedulefree evaluates other weights than it trains, and zero_stage=3 has neither whole; "
+                "use --zero-stage 2 or less, or --engine torch"
             )
+        self._check_masters(f"optimizer={name}", name == "schedulefree")
 
     @property
     def architecture(self) -> ModelConfig:

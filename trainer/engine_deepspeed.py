@@ -10,8 +10,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,16 +22,20 @@ from torch import Tensor
 from torch import distributed as dist
 
 from model.lm import ModelOutput, MoELanguageModel
+from model.prune import Sources
 from moeviz.errors import MoevizError, require
 from trainer.config import TrainConfig
 from trainer.engine import Pass, Update, choose_device, one_by_one
 from trainer.engine_deepspeed_config import deepspeed_config
+from trainer.flat_shares import flat_shares
+from trainer.muon import Muon
 from trainer.optim import build_optimizer, forget_rows, set_learning_rate
 from trainer.process_group import join_ranks, local_rank
 from trainer.universal import load_universal, ranks_of
 
 if TYPE_CHECKING:
     from trainer.expert_parallel import ExpertShares
+    from trainer.zero_pruning import ZeroState
 
 _TAG = "deepspeed"
 
@@ -62,9 +66,12 @@ class DeepSpeedEngine:
         if config.engine.gradient_checkpointing:
             self.module.gradient_checkpointing_enable()
         optimizer = build_optimizer(self.module.named_parameters(), config.optim)
+        self._plain_optimizer, self._averages = optimizer, config.optim.optimizer == "schedulefree"
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings
         )
+        if isinstance(optimizer, Muon) and self._stage:
+            optimizer.shares = flat_shares(self._engine.optimizer, self._stage)
         self._loss = torch.zeros((), device=self.device)
 
     def forward(self, input_ids_BS: Tensor, labels_BS: Tensor, **more: Any) -> ModelOutput:
@@ -136,8 +143,31 @@ class DeepSpeedEngine:
         gradient = gradient.detach().float()
         return gradient if self._shares is None else self._shares.whole(name, gradient)
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        if not self._averages:
+            yield
+            return
+        trained = [(weight, weight.detach().clone()) for weight in self._stepped()]
+        self._plain_optimizer.eval()  # type: ignore[attr-defined]
+        self._publish()
+        try:
+            yield
+        finally:
+            self._plain_optimizer.train()  # type: ignore[attr-defined]
+            with torch.no_grad():
+                for weight, value in trained:
+                    weight.copy_(value)
+            self._publish()
+
+    def _stepped(self) -> list[Tensor]:
+        """What the optimizer works on: weights, or in stages 1 and 2 this rank's shares of their masters."""
+        return [weight for group in self._plain_optimizer.param_groups for weight in group["params"]]
+
+    def _publish(self) -> None:
+        """Make the model's weights those of the shares. Every rank must call it."""
+        if self._stage:
+            self._engine.optimizer.update_lp_params()
 
     def _plain_gradient_norm(self) -> Tensor:
         """In stage 0 DeepSpeed reports no norm; gradients are whole and already averaged over the ranks."""
@@ -177,7 +207,7 @@ class DeepSpeedEngine:
 
     def weights(self) -> dict[str, Tensor]:
         parameters = list(self.module.parameters())
-        with _gathered(parameters) if self._stage == 3 else nullcontext():
+        with self.evaluating(), _gathered(parameters) if self._stage == 3 else nullcontext():
             state = self.module.state_dict()
             named = state.items() if self._shares is None else self._shares.whole_weights(state)
             return {name: value.detach().cpu().clone() for name, value in named}
@@ -196,6 +226,36 @@ class DeepSpeedEngine:
                 for name, buffer in self.module.named_buffers():
                     if name in weights:
                         buffer.copy_(weights[name])
+
+    def with_experts(self, sources: Sources, config: TrainConfig) -> DeepSpeedEngine:
+        """An engine whose experts are copies of these of this one's, with their optimizer state; not in stage 3.
+
+        Every rank must call it.
+
+        Raises:
+            ValueError: see `model.prune.with_experts`.
+        """
+        from trainer.zero_pruning import smaller_model
+
+        frozen = (config.freeze, config.train_only)
+        small, masters, states = smaller_model(self.module, self._state(), sources, frozen)
+        engine = DeepSpeedEngine(small, config)
+        with torch.no_grad():
+            engine._state().fill(masters, states)
+        engine._publish()
+        groups = zip(self._plain_optimizer.param_groups, engine._plain_optimizer.param_groups, strict=True)
+        for mine, theirs in groups:
+            theirs.update({key: value for key, value in mine.items() if key != "params"})
+        for counter in ("global_steps", "global_samples", "micro_steps"):
+            setattr(engine._engine, counter, getattr(self._engine, counter))
+        if self._fp16:
+            engine._engine.optimizer.loss_scaler = self._engine.optimizer.loss_scaler
+        return engine
+
+    def _state(self) -> ZeroState:
+        from trainer.zero_pruning import ZeroState
+
+        return ZeroState(self.module, self._engine.optimizer, self._plain_optimizer, self._stage)
 
     def destroy(self) -> None:
         self._engine.destroy()

@@ -9,16 +9,19 @@ so that one learning rate serves both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from trainer.flat_shares import FlatShare
 
 MOMENTUM = 0.95
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _EPS = 1e-7
+_UNUSED = "exp_avg_sq"
 _NOT_HIDDEN = ("embed_tokens", "lm_head", "gate.weight", "noise_weight", "contrastive")
 """Rows of these stand for tokens and experts: to orthogonalise them would make rare ones as large as common ones."""
 
@@ -57,6 +60,8 @@ class Muon(torch.optim.AdamW):
             **adamw: constants of AdamW.
         """
         super().__init__([{"muon": False, **group} for group in groups], **adamw)
+        self.shares: dict[int, FlatShare] = {}
+        """What is a flat share of matrices and not a weight, by `id`; see `trainer.flat_shares`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -72,14 +77,38 @@ class Muon(torch.optim.AdamW):
                     if weight.grad is not None:
                         self._turn(weight, group["lr"], group["weight_decay"])
 
-    def _turn(self, weight: nn.Parameter, rate: float, decay: float) -> None:
+    def _turn(self, weight: Tensor, rate: float, decay: float) -> None:
         assert weight.grad is not None
         state = self.state[weight]
+        state.pop(_UNUSED, None)
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(weight.grad)
+            state["exp_avg"] = torch.zeros_like(weight.grad)
             state["step"] = torch.zeros(())  # unused; AdamW looks for it when a state is loaded
-        momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - MOMENTUM)
-        update = orthogonalised(weight.grad.lerp(momentum, MOMENTUM))
-        rows, columns = weight.shape[-2:]
+        momentum = state["exp_avg"].lerp_(weight.grad, 1 - MOMENTUM)
+        update = weight.grad.lerp(momentum, MOMENTUM).bfloat16()
         weight.mul_(1 - rate * decay)
-        weight.add_(update, alpha=-rate * 0.2 * max(rows, columns) ** 0.5)
+        for matrices, here, part in self._whole(weight, update):
+            turned = orthogonalised(matrices).flatten()[part]
+            rows, columns = matrices.shape[-2:]
+            weight.view(-1)[here].add_(turned, alpha=-rate * 0.2 * max(rows, columns) ** 0.5)
+
+    def _whole(self, weight: Tensor, update: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Matrices of `update`, where in `weight` they belong, and which of their elements."""
+        if id(weight) in self.shares:
+            yield from self.shares[id(weight)].completed(update)
+        else:
+            yield update, slice(None), slice(None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer, with what DeepSpeed looks for in a flat share when the number of ranks changes."""
+        told = super().state_dict()
+        if self.shares:
+            told["state"] = {key: _with_unused(state) for key, state in told["state"].items()}
+        return told
+
+
+def _with_unused(state: dict[str, Any]) -> dict[str, Any]:
+    momentum = state.get("exp_avg")
+    if momentum is None or _UNUSED in state:
+        return state
+    return {**state, _UNUSED: torch.zeros(1, device=momentum.device).expand_as(momentum)}

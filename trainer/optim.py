@@ -68,6 +68,7 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConf
         library = require("schedulefree", "schedulefree", "--optimizer schedulefree")
         optimizer = library.AdamWScheduleFree(groups, **constants)
         optimizer.train()
+        optimizer.state.clear()  # it looked every weight up, and ZeRO puts other tensors in their place
         return optimizer
     return (Muon if muon else torch.optim.AdamW)(groups, fused=True, **constants)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -15,13 +16,22 @@ from model.prune import Sources, least_used_removed
 from moeviz.errors import MoevizError
 from trainer.assembly import Assembly
 from trainer.checkpoint import save_checkpoint
-from trainer.engine_torch import TorchEngine
+from trainer.config import TrainConfig
+from trainer.engine import Engine
 from trainer.progress import Progress
 from trainer.restart import Restart
 from trainer.resume import CHECKPOINTS
 from trainer.saving import save
 from trainer.standing import Standing
 from trainer.step import StepTaken
+
+
+@runtime_checkable
+class Prunable(Protocol):
+    """An engine that can go on with fewer experts."""
+
+    def with_experts(self, sources: Sources, config: TrainConfig) -> Engine:
+        """An engine whose experts are copies of these, with their optimizer state. Every rank must call it."""
 
 
 def count_usage(parts: Assembly, step: int, taken: StepTaken) -> None:
@@ -43,7 +53,6 @@ def prune_if_due(parts: Assembly, step: int, progress: Progress) -> None:
     wanted = parts.config.prune.plan.get(step)
     if wanted is None or parts.engine.module.config.num_experts <= wanted or not parts.standing.usage:
         return
-    assert isinstance(parts.engine, TorchEngine)
     usage_LE = torch.tensor(parts.standing.usage)
     sources = least_used_removed(usage_LE, wanted)
     run = parts.run.with_name(f"{parts.run.name}-{wanted}-experts")
@@ -58,16 +67,18 @@ def prune_if_due(parts: Assembly, step: int, progress: Progress) -> None:
 
 def _small_checkpoint(parts: Assembly, step: int, sources: Sources, run: Path) -> Path:
     """The first checkpoint of the run that goes on."""
-    assert isinstance(parts.engine, TorchEngine)
+    assert isinstance(parts.engine, Prunable)
     config = replace(parts.config, run=run)
     try:
         engine = parts.engine.with_experts(sources, config)
     except ValueError as error:
         raise MoevizError(f"experts cannot be pruned at step {step}: {error}") from error
     standing = replace(parts.standing, usage=[], responded={}, best_loss=None, best_step=None)
-    return save_checkpoint(
+    saved = save_checkpoint(
         run / CHECKPOINTS, step=step, config=config, engine=engine, text=parts.text, standing=standing
     )
+    engine.destroy()
+    return saved
 
 
 def _told(sources: Sources, usage_LE: torch.Tensor) -> dict[str, object]:
