@@ -11,7 +11,7 @@ from capture_models import Kept, Trained, batches, small_model, train
 from moeviz.capture.failures import PATIENCE
 from moeviz.capture.probe import Probe, attach
 from moeviz.policy import SamplingPolicy
-from moeviz.records import EventRecord, LoadRecord, Record
+from moeviz.records import EventRecord, LoadRecord, Record, ScalarRecord
 
 EVERYTHING_OFTEN = SamplingPolicy(route_every=1, attention_every=1)
 STEPS = PATIENCE + 4
@@ -51,6 +51,12 @@ class Fuse:
             return original(*args, **kwargs)
 
         monkeypatch.setattr(target, either)
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are taken in the step, as on an accelerator: the stages fail where they are named."""
+    monkeypatch.setattr("moeviz.capture.backlog.ROOM_BYTES", 0)
 
 
 def unwatched() -> Trained:
@@ -177,3 +183,33 @@ def test_an_error_of_the_training_loop_passes_through_the_probe() -> None:
     with pytest.raises(KeyError), attach(small_model(), sink):
         raise KeyError("theirs")
     assert sink.closed
+
+
+@pytest.mark.parametrize("cause", ["an error", "a tensor written to"])
+def test_sums_that_fail_while_they_wait_cost_one_step_and_nothing_waits_from_then_on(
+    cause: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("moeviz.capture.backlog.ROOM_BYTES", 1e6)
+    fuse, model, sink = Fuse(monkeypatch, "moeviz.capture.backlog.sum_decisions"), small_model(), Kept()
+    probe = attach(model, sink)
+
+    def after(loss: float) -> None:
+        piles = probe._tap.collector.step.piles
+        if probe.next_step == 2:
+            assert piles, "readings wait from the second step on"
+            if cause == "an error":
+                fuse.lit = True
+            else:
+                piles[0].readings[0].weights_TK.add_(0.0)
+        if probe.next_step > 2:
+            assert not piles
+        probe.step(loss=loss)
+
+    with caplog.at_level(logging.WARNING):
+        watched = train(model, list(batches(STEPS, 2)), after)
+    assert watched.same_bits(unwatched())
+    assert [load.step for load in sink.of(LoadRecord)] == [0, 1, *range(3, STEPS)]
+    assert [scalars.step for scalars in sink.of(ScalarRecord)] == [*range(STEPS)]
+    assert [event.kind for event in sink.of(EventRecord)] == ["recording_failed"]
+    assert len(caplog.records) == 1
+    assert probe.attached

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +22,9 @@ from moeviz.records import (
     SequenceRecord,
     TokenRoutingRecord,
 )
+from moeviz.store.columns import Rows
 from moeviz.store.encode import encode
+from moeviz.store.encode_steps import encode_steps
 from moeviz.store.reader import open_run
 from moeviz.store.schema import TABLES
 from moeviz.store.writer import SegmentWriter
@@ -253,3 +257,50 @@ def test_a_whole_step_comes_back_from_disk(tmp_path: Path) -> None:
         record.counts_LE[1, :3].tolist(),
     ]
     assert back["ts"].tolist() == [record.ts, record.ts]
+
+
+def some_steps(rng: np.random.Generator) -> list[LoadRecord | MetricRecord | ScalarRecord]:
+    """Records of both shapes of a load, metrics that come and go, and scalars, in the order of training."""
+    records: list[LoadRecord | MetricRecord | ScalarRecord] = []
+    for step in range(12):
+        records.append(random_load(rng, (3, 7, 5), sparse=step % 5 == 0))
+        values: dict[str, np.ndarray | float] = {"gini": rng.random(3), "drift": float(rng.random())}
+        if step % 3 == 0:
+            values = {"extra": rng.random(3), **values}
+        records.append(MetricRecord(step=step, values=values))
+        names = rng.permutation(["loss", "lr", "grad_norm", "β"])[: step % 4]
+        records.append(
+            ScalarRecord(step=step, rank=step % 2, ts=step / 3, values={name: rng.random() for name in names})
+        )
+    return records
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_encoded_together_are_the_rows_of_each(seed: int) -> None:
+    records = some_steps(np.random.default_rng(seed))
+
+    def as_rows(found: Iterable[Rows]) -> dict[str, list[str]]:
+        by_table: dict[str, list[str]] = {}
+        for table, batch in found:
+            by_table.setdefault(table, []).extend(map(repr, batch.to_pylist()))
+        return {table: sorted(lines) for table, lines in by_table.items()}
+
+    together = as_rows(encode_steps(records, (3, 7, 5)))
+    assert together == as_rows(part for record in records for part in encode(record, (3, 7, 5)))
+    assert len(together["expert_load"]) == 12 * 3
+
+
+def test_a_record_that_is_no_row_costs_itself_alone(tmp_path: Path) -> None:
+    path = new_run(tmp_path / "run")
+    words: dict[str, Any] = {"loss": "much"}
+    with_text = ScalarRecord(step=1, rank=0, ts=1.0, values=words)
+    writer = SegmentWriter(path, flush_seconds=1e9)
+    for step in (0, 1, 2):
+        writer.write(
+            with_text if step == 1 else ScalarRecord(step=step, rank=0, ts=1.0, values={"loss": 0.5})
+        )
+    with pytest.raises(ValueError, match="much"):
+        writer.flush()
+    writer.close()
+    with open_run(path) as store:
+        assert store.sql("SELECT step FROM scalars ORDER BY step")["step"].tolist() == [0, 2]

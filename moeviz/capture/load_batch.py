@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeviz.capture.collect import StepSums
+from moeviz.capture.backlog import Backlog
 from moeviz.capture.rank_sum import RankSum
 from moeviz.capture.reduce import TOKEN_SUMS, RoutingSums
+from moeviz.capture.stages import Share
+from moeviz.capture.step_sums import StepSums
 from moeviz.capture.transfer import HostCopy
 from moeviz.records import LoadRecord, ModelInfo, Record, ScalarRecord
 
@@ -29,6 +31,9 @@ class LoadSource:
     info: ModelInfo
     layers: Sequence[Sequence[int]]
     """MoE layers of each layer group."""
+    backlog: Backlog
+    share: Share
+    """Which of the layers are here."""
     rank_sum: RankSum | None = None
 
 
@@ -40,7 +45,7 @@ class LoadBatch:
     step: int
     ts: float
     sums: StepSums
-    """Not to be added to any more."""
+    """Not to be added to any more, but for what waits in it."""
     bias: Mapping[int, Tensor]
     """Selection biases at the end of the step by layer group, copies."""
     scalars: Mapping[str, float]
@@ -63,6 +68,10 @@ class LoadBatch:
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that is on the device, by what `arrays` call it: FIELD/GROUP, `valid_tokens`, `scalars`."""
         tensors: dict[str, Tensor] = {}
+        if self.whole:
+            self.source.backlog.settle([self.sums])
+            if self.sums.failure is not None:
+                raise self.sums.failure
         for group, sums in self.sums.sums.items() if self.whole else ():
             for field, values in zip(RoutingSums._fields, sums, strict=True):
                 tensors[f"{field}/{group}"] = values
@@ -80,8 +89,15 @@ class LoadBatch:
         return self.copy.arrays()
 
     def materialize(self) -> Iterator[Record]:
-        """The load (of all ranks, on rank 0) and the scalars."""
-        load = self.load()
+        """The load (of all ranks, on rank 0) and the scalars.
+
+        A load that cannot be made costs neither the scalars nor the other ranks' sums; its error comes last.
+        """
+        load, failure = None, None
+        try:
+            load = self.load()
+        except Exception as error:
+            failure = error
         if self.source.rank_sum is not None:
             load = self._summed(load, self.source.rank_sum)
         if load is not None:
@@ -89,6 +105,15 @@ class LoadBatch:
         values = {**self.scalars, **self._device_scalars()}
         if values:
             yield ScalarRecord(step=self.step, rank=self.rank, ts=self.ts, values=values)
+        if failure is not None:
+            raise failure
+
+    @staticmethod
+    def prepare(batches: Sequence[LoadBatch]) -> None:
+        """Do the work of several steps that is cheaper in one go; `materialize` does what is left."""
+        whole = [batch for batch in batches if batch.whole]
+        if whole:
+            whole[0].source.backlog.settle([batch.sums for batch in whole])
 
     def load(self) -> LoadRecord | None:
         """The load of this rank alone; None when the step is not whole."""
@@ -99,8 +124,8 @@ class LoadBatch:
             self._spread(arrays, "counts_LE"),
             self._spread(arrays, "token_sums_NL", axis=1),
         )
-        assert counts_LE is not None
-        assert token_sums_NL is not None
+        if counts_LE is None or token_sums_NL is None:
+            return self._nothing()
         return LoadRecord(
             step=self.step,
             rank=self.rank,
@@ -116,6 +141,20 @@ class LoadBatch:
                 for name, sums_L in zip(TOKEN_SUMS, token_sums_NL, strict=True)
                 if not np.isnan(sums_L).all()
             },
+        )
+
+    def _nothing(self) -> LoadRecord:
+        """The load of a stage without experts."""
+        shape = (self.source.info.num_layers, self.source.info.max_experts)
+        return LoadRecord(
+            step=self.step,
+            rank=self.rank,
+            ts=self.ts,
+            tokens=self.sums.tokens + int(self._arrays().get("valid_tokens", 0)),
+            counts_LE=np.zeros(shape, dtype=np.int64),
+            prob_sum_LE=np.zeros(shape, dtype=np.float32),
+            weight_sum_LE=np.zeros(shape, dtype=np.float32),
+            bias_LE=self._spread(self._arrays(), "bias_LE"),
         )
 
     def _spread(self, arrays: Mapping[str, np.ndarray], name: str, axis: int = 0) -> np.ndarray | None:
@@ -155,25 +194,32 @@ class LoadBatch:
             sums[0], sums[1] = load.prob_sum_LE, load.weight_sum_LE
             for row, name in enumerate(TOKEN_SUMS):
                 token_sums_NL[row] = load.token_sums.get(name, np.nan)
-        integers = np.append(counts.ravel(), 0 if load is None else load.tokens)
+        share = self.source.share
+        token_sums_NL[:, [layer for layer in range(shape[0]) if layer not in share.layers]] = 0
+        drops = load is not None and load.dropped_LE is not None
+        integers = np.append(counts.ravel(), (0 if load is None else load.tokens, drops))
         floats = np.concatenate([sums.ravel(), token_sums_NL.ravel()])
         total = rank_sum.total(integers, floats, whole=load is not None)
         if total is None or load is None or self.rank != 0:
             return None
-        counts = total[0][:-1].reshape(counts.shape)
+        counts = total[0][:-2].reshape(counts.shape)
         sums = total[1][: sums.size].reshape(sums.shape)
         token_sums_NL = total[1][sums.size :].reshape(token_sums_NL.shape)
         return LoadRecord(
             step=load.step,
             rank=0,
             ts=load.ts,
-            tokens=int(total[0][-1]),
+            tokens=int(total[0][-2]) // share.stages,
             counts_LE=counts[0],
             prob_sum_LE=sums[0],
             weight_sum_LE=sums[1],
             bias_LE=load.bias_LE,
-            dropped_LE=None if load.dropped_LE is None else counts[1],
-            token_sums={name: token_sums_NL[TOKEN_SUMS.index(name)] for name in load.token_sums},
+            dropped_LE=counts[1] if total[0][-1] else None,
+            token_sums={
+                name: sums_L
+                for name, sums_L in zip(TOKEN_SUMS, token_sums_NL, strict=True)
+                if not np.isnan(sums_L).all()
+            },
         )
 
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moeviz.capture.backlog import Backlog
 from moeviz.capture.budget import Budget, volume
-from moeviz.capture.collect import RoutingPiece, StepSums
 from moeviz.capture.failures import PATIENCE, Failures, ProbeError
 from moeviz.capture.fixed_probe import FixedProbe, ProbePass, probe_inputs
 from moeviz.capture.load_batch import LoadBatch, LoadSource, split_scalars
@@ -31,10 +31,12 @@ from moeviz.capture.reading import Adapter
 from moeviz.capture.sample_batch import SampleBatch
 from moeviz.capture.samples import StepSamples
 from moeviz.capture.sites import find_sites
+from moeviz.capture.stages import Share, share_of
+from moeviz.capture.step_sums import RoutingPiece, StepSums
 from moeviz.capture.tap import Tap, When
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
-from moeviz.records import EventRecord, LoadRecord, ModelInfo, Record, ScalarRecord, Sink
+from moeviz.records import EventRecord, LayerInfo, LoadRecord, ModelInfo, Record, ScalarRecord, Sink
 
 
 def attach(
@@ -82,16 +84,18 @@ def attach(
         )
     if probe_every < 0:
         raise MoevizError(f"probe_every={probe_every} is negative; give 0 for never, or a positive number")
-    probe = Probe(info or sites.info, sink, rank, first_step, defer, process_group)
+    share = share_of(sites.root, sites.routers, process_group)
+    probe = Probe(info or sites.info, sink, rank, first_step, defer, process_group, share)
     if probe_batch is not None:
         inputs = probe_inputs(probe_batch, sites.root)
-        probe._fixed = FixedProbe(sites, inputs, rank=rank, record=process_group is None or rank == 0)
+        kept = process_group is None or rank == 0 or share.replica == 0
+        probe._fixed = FixedProbe(sites, inputs, rank=rank, record=kept, share=share)
         probe._probe_every = probe_every
     probe._tap = Tap(sites, policy or SamplingPolicy(), when, probe._failed)
     probe._budget = Budget(probe._tap.sampler.policy, spent_bytes)
     probe._tap.step = first_step
     layers = tuple(group.layers for group in probe._tap.collector.groups)
-    probe._source = replace(probe._source, layers=layers)
+    probe._source = replace(probe._source, layers=layers, backlog=probe._tap.collector.backlog)
     probe._tap.attach()
     return probe
 
@@ -107,16 +111,25 @@ class Probe:
     _budget: Budget
 
     def __init__(
-        self, info: ModelInfo, sink: Sink, rank: int, first_step: int, defer: bool, process_group: Any
+        self,
+        info: ModelInfo,
+        sink: Sink,
+        rank: int,
+        first_step: int,
+        defer: bool,
+        process_group: Any,
+        share: Share,
     ) -> None:
-        self.info, self._num_layers = info, info.num_layers
+        self.info, self._share = info, share
         self.rank = rank
         self.failures = Failures()
         self.on_close: Callable[[BaseException | None], None] | None = None
         """Called once when the probe closes, before the sink does, with the error that ended training."""
         self._sink, self._defer = sink, defer
         rank_sum = None if process_group is None else RankSum(process_group)
-        self._source = LoadSource(rank=rank, info=info, layers=(), rank_sum=rank_sum)
+        self._source = LoadSource(
+            rank=rank, info=info, layers=(), share=share, backlog=Backlog(()), rank_sum=rank_sum
+        )
         self._step = first_step
         self._recorded = False
         self._closed = False
@@ -211,6 +224,8 @@ class Probe:
         self, step: int, values: Mapping[str, float | Tensor] | None = None, **more: float | Tensor
     ) -> None:
         """Record numbers of a step besides those given to `step`, for example `{"val_loss/code": 1.2}`."""
+        if not self._share.tells_scalars:
+            return
         try:
             numbers = {name: float(value) for name, value in {**(values or {}), **more}.items()}
         except Exception as error:
@@ -280,7 +295,7 @@ class Probe:
     def _finish_step(self, number: int, scalars: Mapping[str, float | Tensor]) -> None:
         sums, samples = self._tap.take()
         routing, sums.routing = sums.routing, []
-        whole = not self.failures.spoiled and len(sums.layers_seen) == self._num_layers
+        whole = not self.failures.spoiled and len(sums.layers_seen) == len(self._share.layers)
         if not whole and self._tap.attached:
             self._explain_empty(sums)
         load = self._load_batch(number, sums, scalars, whole)
@@ -288,7 +303,9 @@ class Probe:
             self._check_first(load.load())
         self._hand_on(load)
         if whole and samples.sequences:
-            self._hand_on(samples.batch(number, self.rank, self.info, routing, self._tap.map_size))
+            self._hand_on(
+                samples.batch(number, self.rank, self.info, routing, self._tap.map_size, self._share)
+            )
         if self._budget.limited:
             self._keep_within_budget(number, routing, samples)
 
@@ -307,7 +324,7 @@ class Probe:
     def _load_batch(
         self, number: int, sums: StepSums, scalars: Mapping[str, float | Tensor], whole: bool
     ) -> LoadBatch:
-        on_host, on_device = split_scalars(scalars)
+        on_host, on_device = split_scalars(scalars if self._share.tells_scalars else {})
         batch = LoadBatch(
             source=self._source,
             step=number,
@@ -329,18 +346,25 @@ class Probe:
             message = (
                 f"recording failed: {type(cause).__name__}: {cause}"
                 if cause
-                else _no_router_seen(self.info, sums)
+                else _no_router_seen(self._expected, sums)
             )
             raise ProbeError(message) from cause
         if cause is None:
-            message = _no_router_seen(self.info, sums)
+            message = _no_router_seen(self._expected, sums)
             if self.failures.say("empty step", f"{message}; training goes on, such steps have no loads"):
                 self.event("empty_step", message=message)
+
+    @property
+    def _expected(self) -> list[LayerInfo]:
+        """Layers that are here."""
+        return [layer for layer in self.info.layers if layer.layer in self._share.layers]
 
     def _check_first(self, load: LoadRecord | None) -> None:
         """Refuse at the first step what would be wrong at every step: each row of counts sums to tokens x K."""
         assert load is not None
         for layer, counts_E in zip(self.info.layers, load.counts_LE, strict=True):
+            if layer.layer not in self._share.layers:
+                continue
             total, expected = int(counts_E.sum()), load.tokens * layer.top_k
             if total != expected and not self._tap.experts_choose(layer.layer):
                 raise ProbeError(
@@ -386,10 +410,10 @@ class Probe:
         self.event("detached", message=message)
 
 
-def _no_router_seen(info: ModelInfo, sums: StepSums) -> str:
-    missing = [layer.name for layer in info.layers if layer.layer not in sums.layers_seen]
+def _no_router_seen(expected: Sequence[LayerInfo], sums: StepSums) -> str:
+    missing = [layer.name for layer in expected if layer.layer not in sums.layers_seen]
     return (
-        f"the step saw {len(sums.layers_seen)} of {info.num_layers} routers (missing: {', '.join(missing[:3])}"
+        f"the step saw {len(sums.layers_seen)} of {len(expected)} routers (missing: {', '.join(missing[:3])}"
         f"{', ...' if len(missing) > 3 else ''}): call the watched model itself, in train mode with gradients on, "
         "before step(); attach before torch.compile; after compiling the same class earlier in this process, call "
         "torch._dynamo.reset() first"

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from moeviz.capture.collect import RoutingPiece
 from moeviz.capture.latent_batch import LatentPiece
 from moeviz.capture.micro_batch import MicroBatch
 from moeviz.capture.sample_batch import MapPiece, SampleBatch, SequencePiece
 from moeviz.capture.sampling import choose_rows
+from moeviz.capture.stages import Share
+from moeviz.capture.step_sums import RoutingPiece
 from moeviz.capture.transfer import HostCopy, index_tensor
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
@@ -30,7 +31,13 @@ class StepSamples:
     """On the device, by the names of `SampleBatch.copy`."""
 
     def batch(
-        self, step: int, rank: int, info: ModelInfo, routing: Sequence[RoutingPiece], map_size: int
+        self,
+        step: int,
+        rank: int,
+        info: ModelInfo,
+        routing: Sequence[RoutingPiece],
+        map_size: int,
+        share: Share,
     ) -> SampleBatch:
         """These samples with the decisions of their sequences, on their way to the host."""
         tensors = dict(self.tensors)
@@ -38,12 +45,13 @@ class StepSamples:
             tensors[f"experts/{position}"] = piece.experts_LNSK
             tensors[f"weights/{position}"] = piece.weights_LNSK
         alike: dict[tuple[int, int], list[int]] = {}
-        for layer in info.layers:
+        for layer in (each for each in info.layers if each.layer in share.layers):
             alike.setdefault((layer.num_experts, layer.top_k), []).append(layer.layer)
         return SampleBatch(
             step=step,
-            rank=rank,
+            rank=share.rank_of_samples(rank),
             copy=HostCopy(tensors),
+            tells_texts=share.tells_texts,
             sequences=self.sequences,
             routing=[(piece.layers, piece.micro_batch) for piece in routing],
             groups=list(alike.values()),

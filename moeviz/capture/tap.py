@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moeviz.capture.attention import block_maps, choose_heads, select
-from moeviz.capture.collect import Collector, StepSums, group_layers
+from moeviz.capture.collect import Collector
 from moeviz.capture.failures import ProbeError
 from moeviz.capture.hooks import (
     CompiledCheckpointing,
@@ -29,10 +29,12 @@ from moeviz.capture.hooks import (
     in_backward,
 )
 from moeviz.capture.latent_tap import LatentTap
+from moeviz.capture.layer_groups import group_layers
 from moeviz.capture.micro_batch import MicroBatch, parameter_names, read_call
 from moeviz.capture.reading import AttentionCall, Handle, Observe, ReadRouter
 from moeviz.capture.samples import Sampler, StepSamples
 from moeviz.capture.sites import Sites
+from moeviz.capture.step_sums import StepSums
 from moeviz.policy import SamplingPolicy
 
 When = Literal["training", "always"]

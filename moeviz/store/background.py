@@ -16,6 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -47,9 +48,10 @@ _ARRAYS = ("experts_LNSK", "weights_LNSK", "token_ids_NS", "token_loss_NS", "map
 class Deferred(Protocol):
     """Work to finish off the training thread: device copies in flight, reductions on the host.
 
-    Optional attributes: `droppable: bool` (True: only samples inside, a full queue may drop it whole; default
-    False), `nbytes: int` (memory it holds, counted against the queue's bound), `step: int` and `rank: int`
-    (for the event that reports a drop).
+    Optional: `prepare(items)`, a static method that does for all queued items of a class what is cheaper together,
+    before each of them is finished on its own; and the attributes `droppable: bool` (True: only samples inside, a
+    full queue may drop it whole; default False), `nbytes: int` (memory it holds, counted against the queue's bound),
+    `step: int` and `rank: int` (for the event that reports a drop).
     """
 
     def materialize(self) -> Iterable[Record]: ...
@@ -181,6 +183,7 @@ class BackgroundSink:
         due, dirty = time.monotonic() + self._flush_seconds, False
         while True:
             gathered, finished = self._gather(due, dirty)
+            self._prepare(gathered)
             for _ in range(gathered):
                 with self._lock:
                     item, size = self._queue.popleft()
@@ -211,6 +214,21 @@ class BackgroundSink:
             ):
                 self._wake.wait(_POLL_SECONDS)
             return len(self._queue), self._closing
+
+    def _prepare(self, gathered: int) -> None:
+        """Let items of a kind do together what is cheaper that way; their own turn tells what failed."""
+        kinds: dict[Callable[[list[object]], None], list[object]] = {}
+        with self._lock:
+            for item, _ in islice(self._queue, gathered):
+                prepare = getattr(item, "prepare", None)
+                if prepare is not None:
+                    kinds.setdefault(prepare, []).append(item)
+        for prepare, items in kinds.items():
+            if len(items) > 1:
+                try:
+                    prepare(items)
+                except Exception:
+                    _log.debug("items could not be prepared together", exc_info=True)
 
     def _flush_inner(self) -> bool:
         self._report_drops()

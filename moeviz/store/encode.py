@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import singledispatch
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -30,17 +30,9 @@ from moeviz.records import (
     SequenceRecord,
     TokenRoutingRecord,
 )
-from moeviz.store.quantise import significant, weight_codes
-from moeviz.store.schema import MEANS, TABLES
-
-_SCHEMAS = {name: table.schema for name, table in TABLES.items()}
-
-
-class Rows(NamedTuple):
-    """Rows for one table."""
-
-    table: str
-    batch: pa.RecordBatch
+from moeviz.store.columns import Rows, constant, lists, table_rows
+from moeviz.store.encode_steps import StepRecord, encode_steps
+from moeviz.store.quantise import weight_codes
 
 
 @singledispatch
@@ -57,35 +49,11 @@ def encode(record: Record, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     raise TypeError(f"{type(record).__name__} is no record; a sink takes the classes of moeviz.records")
 
 
-@encode.register
-def _(record: LoadRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
-    num_layers, width = record.counts_LE.shape
-    sizes_L = np.asarray(num_experts if len(num_experts) == num_layers else [width] * num_layers)
-    tokens = max(record.tokens, 1)
-    means = {column: record.token_sums.get(name) for name, column in MEANS.items()}
-    columns: dict[str, Any] = {
-        "step": _constant(record.step, num_layers, pa.int32()),
-        "rank": _constant(record.rank, num_layers, pa.uint16()),
-        "layer": pa.array(np.arange(num_layers, dtype=np.uint16)),
-        "ts": _constant(record.ts, num_layers, pa.float64()),
-        "tokens": _constant(record.tokens, num_layers, pa.uint32()),
-        "counts": _ragged(record.counts_LE, sizes_L, np.uint32),
-        "prob_sum": _ragged(_sums(record.prob_sum_LE), sizes_L, np.float32),
-        "weight_sum": _ragged(_sums(record.weight_sum_LE), sizes_L, np.float32),
-        "bias": _ragged(record.bias_LE, sizes_L, np.float32),
-        "dropped": _ragged(record.dropped_LE, sizes_L, np.uint32),
-    }
-    for column, sums_L in means.items():
-        columns[column] = (
-            None if sums_L is None else np.asarray(sums_L, dtype=np.float32) / np.float32(tokens)
-        )
-    yield _rows("expert_load", columns, num_layers)
-    others = {name: sums for name, sums in record.token_sums.items() if name not in MEANS}
-    if others:
-        values = {
-            f"mean/{name}": np.asarray(sums_L, dtype=np.float64) / tokens for name, sums_L in others.items()
-        }
-        yield _metric_rows(record.step, values)
+@encode.register(LoadRecord)
+@encode.register(MetricRecord)
+@encode.register(ScalarRecord)
+def _(record: StepRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    yield from encode_steps([record], num_experts)
 
 
 @encode.register
@@ -95,15 +63,15 @@ def _(record: TokenRoutingRecord, num_experts: Sequence[int] = ()) -> Iterator[R
         return
     lengths_N = np.asarray(record.lengths_N, dtype=np.int32)
     codes_LNSK, scale_LN = weight_codes(record.weights_LNSK)
-    yield _rows(
+    yield table_rows(
         "routing",
         {
-            "step": _constant(record.step, num_layers * num_seqs, pa.int32()),
-            "rank": _constant(record.rank, num_layers * num_seqs, pa.uint16()),
+            "step": constant(record.step, num_layers * num_seqs, pa.int32()),
+            "rank": constant(record.rank, num_layers * num_seqs, pa.uint16()),
             "layer": np.repeat(np.asarray(record.layers, dtype=np.uint16), num_seqs),
             "seq": np.tile(np.asarray(record.seqs, dtype=np.uint32), num_layers),
             "n_tokens": np.tile(lengths_N, num_layers),
-            "k": _constant(k, num_layers * num_seqs, pa.uint8()),
+            "k": constant(k, num_layers * num_seqs, pa.uint8()),
             "experts": _sequences(record.experts_LNSK, lengths_N, np.uint16),
             "weights": _sequences(codes_LNSK, lengths_N, np.uint8),
             "weight_scale": scale_LN.reshape(-1),
@@ -119,11 +87,11 @@ def _(record: SequenceRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]
         return
     lengths_N = np.asarray(record.lengths_N, dtype=np.int32)
     loss_NS = record.token_loss_NS
-    yield _rows(
+    yield table_rows(
         "sequences",
         {
-            "step": _constant(record.step, num_seqs, pa.int32()),
-            "rank": _constant(record.rank, num_seqs, pa.uint16()),
+            "step": constant(record.step, num_seqs, pa.int32()),
+            "rank": constant(record.rank, num_seqs, pa.uint16()),
             "seq": np.asarray(record.seqs, dtype=np.uint32),
             "domain": pa.array(record.domains, pa.string()),
             "n_tokens": lengths_N,
@@ -148,7 +116,7 @@ def _(record: AttentionRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows
     map_QC = np.nan_to_num(np.asarray(record.map_QC, dtype=np.float32), posinf=0.0, neginf=0.0)
     row_max_Q = map_QC.max(axis=1, initial=0.0)
     codes_QC = np.rint(map_QC * (255 / np.where(row_max_Q > 0, row_max_Q, 1))[:, None]).astype(np.uint8)
-    yield _rows(
+    yield table_rows(
         "attention",
         {
             "step": [record.step],
@@ -160,8 +128,8 @@ def _(record: AttentionRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows
             "k_len": [record.k_len],
             "rows": [rows],
             "cols": [cols],
-            "row_max": _lists(row_max_Q, np.array([0, rows])),
-            "map": _lists(codes_QC.reshape(-1), np.array([0, rows * cols])),
+            "row_max": lists(row_max_Q, np.array([0, rows])),
+            "map": lists(codes_QC.reshape(-1), np.array([0, rows * cols])),
         },
         1,
     )
@@ -188,12 +156,12 @@ def _(record: LatentRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
         "profile": [row.tolist() for row in np.asarray(record.profile_XC, dtype=np.float32)],
         "lo": lo_X,
         "hi": hi_X,
-        "grid": _lists(codes.reshape(-1), np.arange(num + 1) * rows * cols),
+        "grid": lists(codes.reshape(-1), np.arange(num + 1) * rows * cols),
     }
-    yield _rows("latents", columns, num)
+    yield table_rows("latents", columns, num)
     if record.rank == 0 and record.values:  # what other ranks saw differs by sampling alone
         values = list(record.values.values())
-        yield _rows(
+        yield table_rows(
             "metrics",
             {
                 "step": [record.step] * len(values),
@@ -206,29 +174,6 @@ def _(record: LatentRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
 
 
 @encode.register
-def _(record: ScalarRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
-    if record.values:
-        size = len(record.values)
-        yield _rows(
-            "scalars",
-            {
-                "step": _constant(record.step, size, pa.int32()),
-                "rank": _constant(record.rank, size, pa.uint16()),
-                "ts": _constant(record.ts, size, pa.float64()),
-                "name": list(record.values),
-                "value": [float(value) for value in record.values.values()],
-            },
-            size,
-        )
-
-
-@encode.register
-def _(record: MetricRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
-    if record.values:
-        yield _metric_rows(record.step, record.values)
-
-
-@encode.register
 def _(record: AlertRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     fields = (
         "episode rule rule_version layer experts severity raised_step cleared_step value peak threshold "
@@ -236,13 +181,13 @@ def _(record: AlertRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     )
     columns: dict[str, Any] = {name: [getattr(record, name)] for name in fields.split()}
     columns |= {"step": [record.updated_step], "evidence": [_json(record.evidence)]}
-    yield _rows("alerts", columns, 1)
+    yield table_rows("alerts", columns, 1)
 
 
 @encode.register
 def _(record: EventRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     columns = {name: [getattr(record, name)] for name in ("step", "rank", "ts", "kind")}
-    yield _rows("events", {**columns, "detail": [_json(record.detail)]}, 1)
+    yield table_rows("events", {**columns, "detail": [_json(record.detail)]}, 1)
 
 
 @encode.register
@@ -253,65 +198,13 @@ def _(record: AnalysisRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]
     columns: dict[str, Any] = {
         name: [getattr(each, name) for each in values] for name in ("part", "name", "label", "value")
     }
-    columns["step"] = _constant(record.step, len(values), pa.int32())
+    columns["step"] = constant(record.step, len(values), pa.int32())
     columns["layer"] = [each.layer if each.layer >= 0 else None for each in values]
     columns["unit"] = [each.index if each.index >= 0 else None for each in values]
     for name in ("null_mean", "null_sd"):
         numbers = [getattr(each, name) for each in values]
         columns[name] = [None if number != number else number for number in numbers]
-    yield _rows("analysis", columns, len(values))
-
-
-def _rows(table: str, columns: Mapping[str, Any], size: int) -> Rows:
-    """Columns by name -> a batch in the order and types of the schema; None and missing columns are NULL."""
-    schema = _SCHEMAS[table]
-    arrays = []
-    for field in schema:
-        values = columns.get(field.name)
-        if values is None:
-            arrays.append(pa.nulls(size, field.type))
-        elif isinstance(values, pa.Array):
-            arrays.append(values if values.type == field.type else values.cast(field.type))
-        else:
-            arrays.append(pa.array(values, field.type))
-    return Rows(table, pa.RecordBatch.from_arrays(arrays, schema=schema))
-
-
-def _metric_rows(step: int, values: Mapping[str, np.ndarray | float]) -> Rows:
-    names: list[str] = []
-    layers: list[int | None] = []
-    numbers: list[float] = []
-    for name, value in values.items():
-        array = np.asarray(value, dtype=np.float64)
-        names += [name] * array.size
-        layers += [None] if array.ndim == 0 else list(range(array.size))
-        numbers += array.reshape(-1).tolist()
-    size = len(names)
-    columns = {"step": _constant(step, size, pa.int32()), "layer": layers, "name": names, "value": numbers}
-    return _rows("metrics", columns, size)
-
-
-def _constant(value: float, size: int, type_: pa.DataType) -> pa.Array:
-    return pa.repeat(pa.scalar(value, type_), size)
-
-
-def _lists(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
-
-
-def _sums(sums_LE: np.ndarray | None) -> np.ndarray | None:
-    return None if sums_LE is None else significant(sums_LE)
-
-
-def _ragged(array_LE: np.ndarray | None, sizes_L: np.ndarray, dtype: type) -> pa.ListArray | None:
-    """[L, E] -> one list per layer, cut to the layer's own number of experts."""
-    if array_LE is None:
-        return None
-    array_LE = np.asarray(array_LE)
-    offsets = np.concatenate(([0], np.cumsum(sizes_L)))
-    own_LE = np.arange(array_LE.shape[1]) < sizes_L[:, None]
-    values = array_LE.reshape(-1) if own_LE.all() else array_LE[own_LE]
-    return _lists(values.astype(dtype, copy=False), offsets)
+    yield table_rows("analysis", columns, len(values))
 
 
 def _sequences(array_LNS: np.ndarray, lengths_N: np.ndarray, dtype: type) -> pa.ListArray:
@@ -322,7 +215,7 @@ def _sequences(array_LNS: np.ndarray, lengths_N: np.ndarray, dtype: type) -> pa.
     if not (lengths_N == length).all():
         array_LNS = array_LNS[:, np.arange(length) < lengths_N[:, None]]
     offsets = np.concatenate(([0], np.cumsum(np.tile(lengths_N.astype(np.int64) * width, num_layers))))
-    return _lists(array_LNS.reshape(-1), offsets)
+    return lists(array_LNS.reshape(-1), offsets)
 
 
 def _json(value: Mapping[str, Any]) -> str:

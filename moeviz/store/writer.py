@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from moeviz.errors import MoevizError
-from moeviz.records import Record
+from moeviz.records import LoadRecord, Record
 from moeviz.store.background import BackgroundSink
+from moeviz.store.columns import Rows
 from moeviz.store.cover import SegmentName
 from moeviz.store.encode import encode
+from moeviz.store.encode_steps import StepRecord, encode_steps
 from moeviz.store.run import Attempt, RunInfo, read_info, start_compactor
 from moeviz.store.schema import TABLES, segment_schema
 from moeviz.store.segments import remove_temporaries, segment_names, write_segment
@@ -85,6 +89,8 @@ class SegmentWriter:
         self._schemas = {table: segment_schema(table, info.run_id) for table in TABLES}
         self._flush_seconds, self._flush_bytes, self._retry_bytes = flush_seconds, flush_bytes, retry_bytes
         self._pending: dict[str, list[pa.RecordBatch]] = {table: [] for table in TABLES}
+        self._steps: list[StepRecord] = []
+        """What every step has waits for the flush: encoded together it costs a fraction."""
         self._pending_bytes = 0
         self._due = time.monotonic() + flush_seconds
         self._last_ts = 0.0
@@ -101,11 +107,13 @@ class SegmentWriter:
         """Buffer one record; flushes after a second or 8 MB, and raises OSError if that fails."""
         if self._closed:
             raise MoevizError(f"the writer of {self.path} is closed; open a new SegmentWriter to write more")
-        for table, batch in encode(record, self._num_experts):
-            if table == "alerts":
-                batch = self._stamped(batch)
-            self._pending[table].append(batch)
-            self._pending_bytes += batch.nbytes
+        if isinstance(record, StepRecord):
+            self._steps.append(record)
+            self._pending_bytes += _nbytes(record)
+        else:
+            for table, batch in encode(record, self._num_experts):
+                self._pending[table].append(self._stamped(batch) if table == "alerts" else batch)
+                self._pending_bytes += batch.nbytes
         late = time.monotonic() >= self._due
         if late or (self._pending_bytes >= self._flush_bytes and not self._failing):
             self.flush()
@@ -117,9 +125,10 @@ class SegmentWriter:
 
         Raises:
             OSError: the disk refused; what was not written is kept, within bounds, for the next flush.
+            Exception: a load, metric or scalar that is no row; it is given up, the others are written.
         """
         begin = time.monotonic()
-        failure: OSError | None = None
+        failure: Exception | None = self._encode_steps()
         for table, batches in self._pending.items():
             if batches:
                 try:
@@ -136,6 +145,28 @@ class SegmentWriter:
         if self._wants_sidecar and self._stats.segments >= _SIDECAR_SEGMENTS:
             self._wants_sidecar = False
             self._sidecar = start_compactor(self.path)
+
+    def _encode_steps(self) -> Exception | None:
+        """Turn the records that waited for this flush into rows, together or else one by one; the last error."""
+        records, self._steps = self._steps, []
+        try:
+            encoded, failure = list(encode_steps(records, self._num_experts)), None
+        except Exception:
+            encoded, failure = self._encode_each(records)
+        for table, batch in encoded:
+            self._pending[table].append(batch)
+        return failure
+
+    def _encode_each(self, records: Sequence[StepRecord]) -> tuple[list[Rows], Exception | None]:
+        """The rows of those that are rows, and the error of the last one that is not."""
+        encoded: list[Rows] = []
+        failure: Exception | None = None
+        for record in records:
+            try:
+                encoded += encode_steps([record], self._num_experts)
+            except Exception as error:
+                failure = error
+        return encoded, failure
 
     def close(self) -> None:
         """Flush, then refuse further writes. Closing twice is allowed."""
@@ -197,6 +228,13 @@ class SegmentWriter:
                 given_up = batches.pop(0)
                 self._pending_bytes -= given_up.nbytes
                 self._stats = self._stats._replace(dropped_rows=self._stats.dropped_rows + given_up.num_rows)
+
+
+def _nbytes(record: StepRecord) -> int:
+    """About the bytes of its rows."""
+    if isinstance(record, LoadRecord):
+        return 4 * record.counts_LE.nbytes
+    return 64 * sum(np.size(value) for value in record.values.values())
 
 
 def _attempt(info: RunInfo, number: int | None) -> Attempt:
