@@ -17,15 +17,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moeviz.capture.collect import LayerGroup, group_layers
 from moeviz.capture.failures import ProbeError
+from moeviz.capture.layer_groups import LayerGroup, group_layers
 from moeviz.capture.micro_batch import parameter_names, read_call
 from moeviz.capture.probe_readings import HeadWatch, RouterWatch, drift
 from moeviz.capture.reading import Reading
@@ -33,6 +33,7 @@ from moeviz.capture.reduce import scores_of, stack
 from moeviz.capture.sampling import cut_rows, selection_scores
 from moeviz.capture.scoring import score_of
 from moeviz.capture.sites import Sites
+from moeviz.capture.stages import Share, handed_in
 from moeviz.capture.transfer import HostCopy
 from moeviz.errors import MoevizError
 from moeviz.records import ProbeRecord, SequenceRecord, TokenRoutingRecord
@@ -129,6 +130,10 @@ def _are_tensors(values: Sequence[Any]) -> bool:
     return all(isinstance(value, Tensor) for value in values)
 
 
+Part = tuple[Sequence[Sequence[int]], Mapping[str, np.ndarray]]
+"""Layer groups of a stage, and its arrays by the names that `ProbePass.copy` gives them."""
+
+
 @dataclass(eq=False, kw_only=True)
 class ProbePass:
     """One pass on its way from the device; `materialize` runs in the writer's thread."""
@@ -147,6 +152,33 @@ class ProbePass:
     @property
     def nbytes(self) -> int:
         return self.copy.nbytes
+
+    def arrays(self) -> Part:
+        """What it saw, as another process can be handed it."""
+        return self.groups, self.copy.arrays()
+
+    def joined(self, parts: Sequence[Part]) -> ProbePass:
+        """The pass of a whole model, from those of its stages; this one's among them."""
+        arrays: dict[str, np.ndarray] = {}
+        groups: list[Sequence[int]] = []
+        for layers, told in parts:
+            for name, values in told.items():
+                kind, _, rest = name.partition("/")
+                if kind in ("experts", "weights"):
+                    arrays[f"{kind}/{len(groups) + int(rest)}"] = values
+                elif name in arrays:
+                    arrays[name] = np.where(np.isnan(arrays[name]), values, arrays[name])
+                else:
+                    arrays[name] = values
+            groups += layers
+        names = [name.partition("/") for name in arrays]
+        return replace(
+            self,
+            copy=HostCopy({name: torch.from_numpy(values) for name, values in arrays.items()}),
+            groups=groups,
+            value_names=tuple(rest for kind, _, rest in names if kind == "values"),
+            blocks=tuple(sorted(int(rest) for kind, _, rest in names if kind == "heads")),
+        )
 
     def materialize(self) -> Iterator[ProbeRecord]:
         """The record of the pass."""
@@ -201,15 +233,29 @@ def _packed(values_LNSK: np.ndarray, places: Sequence[np.ndarray], width: int) -
 class FixedProbe:
     """Runs one probe through one model."""
 
-    def __init__(self, sites: Sites, inputs: ProbeInputs, *, rank: int = 0, record: bool = True) -> None:
-        """`record`: whether this rank keeps what it sees. All ranks run the probe: ZeRO-3 gathers weights together."""
+    def __init__(
+        self,
+        sites: Sites,
+        inputs: ProbeInputs,
+        *,
+        rank: int = 0,
+        record: bool = True,
+        share: Share | None = None,
+    ) -> None:
+        """
+        Args:
+            record: whether this rank keeps what it sees. All ranks run the probe: ZeRO-3 gathers weights together.
+            share: the layers that are here, where several processes hold the model; the first is told of all of them.
+        """
         self._sites, self._inputs, self._rank, self._record = sites, inputs, rank, record
-        self._groups = [
+        self._share = share or Share(layers=frozenset(range(len(sites.routers))))
+        groups = [
             group
             for group in group_layers(sites.routers)
             if not any(site.experts_choose for site in group.sites)
         ]
-        if not self._groups:
+        self._groups = [group for group in groups if self._share.layers.issuperset(group.layers)]
+        if not groups:
             raise ProbeError(
                 "the experts of this model choose their tokens, so a token has no choice that could change; "
                 "leave probe_batch out"
@@ -229,7 +275,7 @@ class FixedProbe:
         root = self._sites.root
         valid_NS = None if self._inputs.valid_NS.all() else torch.from_numpy(self._inputs.valid_NS)
         rows = max(1, PASS_TOKENS // self._inputs.token_ids_NS.shape[1])
-        device = next(root.parameters()).device
+        device = next(each.device for each in root.parameters() if not each.is_meta)
         with ExitStack() as stack_, apart_from_training(root):
             watches = [RouterWatch(root, site, self._record) for site in self._sites.routers]
             for watch in watches:
@@ -241,13 +287,17 @@ class FixedProbe:
                 args, keywords = self._inputs.rows(first, first + rows, device)
                 root(*args, **keywords)
             with torch.autocast(device.type, enabled=False):
-                return self._pass(step, watches, heads) if self._record else None
+                seen = self._pass(step, watches, heads, device) if self._record else None
+        if self._share.group is None:
+            return seen
+        parts = handed_in(None if seen is None else seen.arrays(), self._share.group)
+        return seen.joined([part for part in parts if part is not None]) if seen and parts else None
 
-    def _pass(self, step: int, watches: list[RouterWatch], heads: HeadWatch) -> ProbePass:
+    def _pass(
+        self, step: int, watches: list[RouterWatch], heads: HeadWatch, device: torch.device
+    ) -> ProbePass:
         tensors: dict[str, Tensor] = {}
-        drift_L = torch.full((len(watches),), float("nan"))
-        device = watches[0].readings[0].logits_TE.device if watches[0].readings else drift_L.device
-        drift_L = drift_L.to(device)
+        drift_L = torch.full((len(watches),), float("nan"), device=device)
         for index, group in enumerate(self._groups):
             readings = [self._joined(watches[layer]) for layer in group.layers]
             experts, weights, probs_LTE = self._decisions(group, readings)
