@@ -56,6 +56,8 @@ class SampleBatch:
     maps: Sequence[MapPiece] = ()
     map_size: int = 128
     latents: Sequence[LatentPiece] = ()
+    tells_texts: bool = True
+    """Whether the sequences themselves are told here, and not by another stage of the model."""
     droppable: bool = field(default=True, init=False)
 
     @property
@@ -66,7 +68,8 @@ class SampleBatch:
         """Sequences first, then their routing, then their maps and latents."""
         arrays = self.copy.arrays()
         places = {piece.micro_batch: self._places(piece, arrays) for piece in self.sequences}
-        yield from self._sequence_records(arrays, places)
+        if self.tells_texts:
+            yield from self._sequence_records(arrays, places)
         yield from self._routing_records(arrays, places)
         yield from self._map_records(arrays, places)
         seqs = {piece.micro_batch: piece.seqs for piece in self.sequences}
