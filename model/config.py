@@ -259,6 +259,21 @@ class ModelConfig:
         """Whether no position can see what comes behind it; if not, generation is not what was trained."""
         return self.num_moe_layers == 0 or self.router.is_causal
 
+    def looks_ahead(self) -> str:
+        """How this model sees later tokens, and so what its numbers are worth; empty for a causal one."""
+        if self.is_causal():
+            return ""
+        if self.router.chooser == "expert":
+            return (
+                "router.chooser=expert is not causal: experts choose among all tokens of a sequence, later ones "
+                "included, so its losses, in training and in evaluation, are not those of predicting the next token, "
+                "and text is written without what they relied on"
+            )
+        return (
+            "router.drop_order=prob is not causal: in training later tokens push earlier ones out of a full expert, so "
+            "its training losses know of the future; evaluation and generation drop none, and choose otherwise"
+        )
+
     def num_parameters(self) -> int:
         """Every trained number; a tied output matrix counts once, the selection bias not at all."""
         return self._parameters_with(self.num_experts) + self.num_mtp_parameters()

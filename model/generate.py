@@ -146,13 +146,8 @@ def _check(
 ) -> None:
     if sampling.stop and decode is None:
         raise ValueError(f"stop={sampling.stop} without decode; hand over decode=tokenizer.decode")
-    if not config.is_causal():
-        warnings.warn(
-            "this model's routing looks at later tokens (chooser=expert, or drops by probability), which are not "
-            "there while text is written: expect worse text than its training loss says",
-            NonCausalWarning,
-            stacklevel=4,
-        )
+    if ahead := config.looks_ahead():
+        warnings.warn(ahead, NonCausalWarning, stacklevel=4)
     padded = mask_BS is not None and not bool(mask_BS.all())
     streams = cache is not None and cache.forgets
     if padded and (streams or not _shiftable(config)):

@@ -52,6 +52,7 @@ COMMANDS = (
         "inspect", "Trace a text through a checkpoint: experts of every token, layer by layer.", "inspect"
     ),
     Command("analyze", "What experts are for, with nulls: domains, tokens, partners, knock-out.", "inspect"),
+    Command("generate", "Let a checkpoint write on: sampling, caches, drafts of its own.", "inspect"),
     Command("eval", "Score a checkpoint: held-out text by domain, HellaSwag, ARC, PIQA ...", "inspect"),
     Command("export", "Save a checkpoint for transformers, or a run as Parquet, CSV or DuckDB.", "inspect"),
 )
@@ -77,6 +78,8 @@ def _usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("--local_rank="):  # `deepspeed` puts it here; LOCAL_RANK says the same
+        argv = argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if argv else 2

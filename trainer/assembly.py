@@ -151,6 +151,10 @@ def _assemble(
         progress.note(
             "this model has no experts, so no routing: losses and the other numbers of its steps are kept"
         )
+    if ahead := engine.module.config.looks_ahead():
+        if engine.rank == 0:
+            progress.note(ahead)
+        recorder.event("not_causal", step=first_step, reason=ahead)
     if chosen:
         recorder.event(
             "micro_batch", step=first_step, sequences=standing.micro_batch, reason="largest that fits"

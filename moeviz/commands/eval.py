@@ -28,7 +28,8 @@ _DESCRIPTION = """How good is a checkpoint?
     moeviz eval models/OLMoE-1B-7B --task piqa --limit 200       a Hugging Face folder
 
 CHECKPOINT is a run (its newest checkpoint), one checkpoint folder, or a local Hugging Face folder. Results of a run's
-checkpoint are kept in the run, as scalars eval/TASK/METRIC at its step and as an event.
+checkpoint are kept in the run, as scalars eval/TASK/METRIC at its step and as an event. A model that sees later tokens
+(router chooser=expert, or drops by probability) is named as such: its numbers are not those of predicting text.
 
 Tasks: hellaswag, arc_easy, arc_challenge, piqa, winogrande, openbookqa, copa. Their files are JSON Lines as they are
 published, or with query, choices and gold; without --task-data they come from the Hugging Face hub (needs `pip
@@ -75,6 +76,8 @@ def main(argv: list[str]) -> int:
 
     set_threads(None)
     opened = open_text_model(arguments.checkpoint, device=arguments.device, note=_warn)
+    if ahead := opened.module.config.looks_ahead():
+        _warn(ahead)
     losses = _losses(opened, arguments) if TEXT in tasks else {}
     scores = _scores(opened, [task for task in tasks if task != TEXT], arguments)
     if arguments.keep:
@@ -193,6 +196,7 @@ def _keep(
         "domains": list(losses),
         "data": arguments.data,
         "questions": {task: score.num_questions for task, score in scores.items()},
+        "causal": opened.module.config.is_causal(),
     }
     try:
         record_evaluation(run, opened.checkpoint.step, _values(losses, scores), detail)
@@ -209,6 +213,7 @@ def _as_json(
     return {
         "checkpoint": str(opened.path),
         "step": opened.checkpoint.step if opened.checkpoint else None,
+        "causal": opened.module.config.is_causal(),
         "results": values,
         "questions": {task: score.num_questions for task, score in scores.items()},
         "tokens": {domain: loss.num_tokens for domain, loss in losses.items()},
