@@ -18,7 +18,7 @@ from moeviz.store import queries_series as queries
 from moeviz.store.reader import open_run
 from trainer.checkpoint_folder import list_checkpoints
 from trainer.launch import launch
-from trainer.launch_status import LAUNCHED
+from trainer.launch_status import LAUNCHED, free_port
 from trainer.train import train
 
 __all__ = ["corpus_cache", "no_packing"]
@@ -69,11 +69,26 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_takes_the_same_command(one_rank: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "engine"),
+    [
+        (("torch.distributed.run", "--nproc-per-node", "2", "-m", "--"), ()),
+        (
+            ("deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "PORT", "--module"),
+            ("--engine", "deepspeed", "--zero-stage", "2"),
+        ),
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_other_launchers_take_the_same_command(
+    launcher: tuple[str, ...], engine: tuple[str, ...], one_rank: Path, tmp_path: Path
+) -> None:
+    """`deepspeed` tells each process its rank by a flag in front of the command, too."""
+    pytest.importorskip(launcher[0].partition(".")[0], reason="DeepSpeed is not installed")
     run = tmp_path / "run"
-    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "moeviz.cli")
-    words = [*FLAGS, *SHARED, "--max-steps", "6", "--run", str(run)]
-    done = subprocess.run(command(*words, launcher=torchrun), capture_output=True, text=True, check=False)
+    launcher = tuple(str(free_port()) if word == "PORT" else word for word in (*launcher, "moeviz.cli"))
+    words = [*FLAGS, *SHARED, *engine, "--max-steps", "6", "--run", str(run)]
+    done = subprocess.run(command(*words, launcher=launcher), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: 6 steps") == 1
     assert_same_run(run, one_rank)
