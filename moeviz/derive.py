@@ -48,13 +48,14 @@ class AccumulatedLoad:
         self._records = 0
 
     def add(self, counts_LE: np.ndarray) -> np.ndarray:
-        """Add the counts of a record; returns the sum over the window, int64 [L, E]."""
+        """Add the counts of a record; returns the sum over the window, int64 [L, E], which the next call changes."""
         if self._records % self._block_records == 0:
             self._blocks = [*self._blocks[-_BLOCKS + 1 :], np.zeros_like(counts_LE, dtype=np.int64)]
-            self._older_LE = np.sum(self._blocks, axis=0)
+            self._sum_LE = np.sum(self._blocks, axis=0)
         self._blocks[-1] += counts_LE
+        self._sum_LE += counts_LE
         self._records += 1
-        return self._older_LE + self._blocks[-1]
+        return self._sum_LE
 
 
 class DeriveSink:

@@ -17,7 +17,7 @@ from moeviz.alerts.drift import Drift
 from moeviz.alerts.episodes import Episodes, Finding
 from moeviz.alerts.facts import experts_of, layer_facts
 from moeviz.alerts.latch import Latch
-from moeviz.alerts.load_rules import Reading, load_readings, look
+from moeviz.alerts.load_rules import LoadRules, Reading, look
 from moeviz.alerts.router_rules import RouterRules
 from moeviz.alerts.rules import LATENT_RULES, PROBE_RULES, rule
 from moeviz.alerts.statistics import LoadStatistics
@@ -37,6 +37,7 @@ class RouterDetector:
         self.config, self.plan = config or AlertConfig(), plan or RunPlan()
         self._info = info
         self._shapes = layer_shapes(info)
+        self._most_nats_L = np.log(self._shapes[0])
         self.episodes = Episodes(self.plan.startup_end(self.config), self.config.update_every)
         self.restart()
 
@@ -44,6 +45,7 @@ class RouterDetector:
         """Forget all statistics; open episodes stay open until their clear condition holds."""
         self.statistics = LoadStatistics(*self._shapes, self.config)
         self._drift = Drift(self._info.num_layers, self.config)
+        self._loads = LoadRules(*self._shapes, self.config)
         self._routers = RouterRules(self._info, self.config, self.plan)
         self._view = look(self.statistics, self.config)
         self._latch: Latch | None = None
@@ -68,7 +70,7 @@ class RouterDetector:
     @property
     def n_starved_L(self) -> np.ndarray:
         """Experts of each layer whose smoothed load is below the starved line."""
-        return self.statistics.experts_below(self.statistics.starved_line_L).sum(axis=-1)
+        return self.statistics.experts_below(self.statistics.starved_line_L, self._view.lowest_L)
 
     @property
     def n_dead_L(self) -> np.ndarray:
@@ -96,9 +98,9 @@ class RouterDetector:
     def _readings(self, record: LoadRecord, live: dict[str, np.ndarray]) -> list[Reading]:
         statistics, config = self.statistics, self.config
         armed_L = (statistics.seen_L >= config.arm_after) & (statistics.assignments_L > 0)
-        gap_nats_L = (1 - live["load_entropy"]) * np.log(statistics.num_experts_L)
+        gap_nats_L = (1 - live["load_entropy"]) * self._most_nats_L
         self._drift.update(gap_nats_L, self._view.util_L, armed_L, record.step)
-        readings = load_readings(statistics, self._drift, self._view, config)
+        readings = self._loads.readings(statistics, self._drift, self._view)
         readings += self._routers.readings(record, live, statistics.design_effect_L, self._shapes)
         if config.circulating:
             readings += circulating_readings(live, armed_L, self._shapes[0], config, self.plan.z_coef)
@@ -110,9 +112,9 @@ class RouterDetector:
             self._latch = self._new_latch()
             self._adopt()
         raised, cleared = self._latch.update(
-            np.stack([reading.raise_L for reading in readings]),
-            np.stack([reading.clear_L for reading in readings]),
-            np.stack([reading.judged_L for reading in readings]),
+            self._table([reading.raise_L for reading in readings]),
+            self._table([reading.clear_L for reading in readings]),
+            self._table([reading.judged_L for reading in readings]),
             step,
             keep_RL=self._rows_of([reading.keep_L for reading in readings], False),
             weight_RL=self._rows_of([reading.weight_L for reading in readings], 1.0),
@@ -133,8 +135,14 @@ class RouterDetector:
                 row = self._rows.index((rule_id, 0))
                 if not readings[row].raise_L[layer]:
                     continue  # between the two lines: nothing new to say
-                records += self.episodes.update(self._finding(readings[row], row, layer, step), step)
+                experts = experts_of(rule_id, layer, self.statistics, self.config)
+                if self.episodes.has_news(rule_id, layer, float(self._peak_RL[row, layer]), experts):
+                    records += self.episodes.update(self._finding(readings[row], row, layer, step), step)
         return records
+
+    def _table(self, rows: list[np.ndarray]) -> np.ndarray:
+        """One array [R, L]; a third of the time of `np.stack`."""
+        return np.concatenate(rows).reshape(len(rows), self._info.num_layers)
 
     def _rows_of(self, rows: list[np.ndarray | None], without: bool | float) -> np.ndarray:
         """One array [R, L] of what each rule says; `without` where it says nothing."""
@@ -146,13 +154,15 @@ class RouterDetector:
 
     def _remember(self, readings: list[Reading]) -> None:
         """Keep the newest values and the worst value since each condition last began to hold."""
-        value_RL = np.stack([reading.value_L for reading in readings])
+        value_RL = self._table([reading.value_L for reading in readings])
         self._recent_TRL[self._records % _RECENT] = value_RL
         self._records += 1
         assert self._latch is not None
         kept_RL = self._latch.active_RL | self._latch.holding_RL
-        better_RL = self._sign_R1 * value_RL < self._sign_R1 * self._peak_RL
-        self._peak_RL = np.where(kept_RL & better_RL, self._peak_RL, value_RL)
+        if kept_RL.any():
+            better_RL = self._sign_R1 * value_RL < self._sign_R1 * self._peak_RL
+            value_RL = np.where(kept_RL & better_RL, self._peak_RL, value_RL)
+        self._peak_RL = value_RL
 
     def _new_latch(self) -> Latch:
         config = self.config

@@ -33,13 +33,17 @@ class Drift:
 
     def update(self, gap_nats_L: np.ndarray, util_L: np.ndarray, armed_L: np.ndarray, step: int) -> None:
         """Feed ln E - H of a step and the smoothed utilisation; layers that are not armed stand still."""
-        x_L = np.where(armed_L, np.log(np.maximum(gap_nats_L, 1e-12)), np.nan)
+        if not armed_L.any():
+            return
+        x_L = np.log(np.maximum(gap_nats_L, 1e-12))
+        x_L[~armed_L] = np.nan
         score_L = np.minimum((x_L - self._center_L) / self._scale_L, self._config.drift_clip)
-        grown_L = np.maximum(self.sum_L + score_L - self._config.drift_slack, 0)
         # Four alarm lines are enough to remember; an endless sum would never clear.
-        grown_L = np.minimum(np.nan_to_num(grown_L), 4 * self._config.drift_limit)
-        self.since_L = np.where((grown_L > 0) & (self.sum_L == 0), step, self.since_L)
-        self.sum_L = np.where(np.isnan(score_L), self.sum_L, grown_L)
+        grown_L = self.sum_L + score_L - self._config.drift_slack
+        grown_L = np.minimum(np.maximum(grown_L, 0), 4 * self._config.drift_limit)
+        grown_L = np.where(np.isnan(score_L), self.sum_L, grown_L)
+        self.since_L[(grown_L > 0) & (self.sum_L == 0)] = step
+        self.sum_L = grown_L
         self._collect(x_L, util_L)
 
     def _collect(self, x_L: np.ndarray, util_L: np.ndarray) -> None:

@@ -45,6 +45,10 @@ class Episodes:
         self._full: dict[tuple[str, int | None], Severity] = {}
         self._looked: dict[tuple[str, int | None], int] = {}
         self._records = 0
+        self._due = 0
+        """No open episode is due for an update before this record."""
+        self._capped = True
+        """Whether an open episode may have less than its full severity."""
 
     @property
     def open_alerts(self) -> tuple[AlertRecord, ...]:
@@ -88,17 +92,26 @@ class Episodes:
     def tick(self) -> list[tuple[str, int | None]]:
         """Count one record; returns (rule, layer) of the open episodes that are due for an `update`."""
         self._records += 1
-        return [key for key, last in self._looked.items() if self._records - last >= self._update_every]
+        if self._records < self._due:
+            return []
+        due = [key for key, last in self._looked.items() if self._records - last >= self._update_every]
+        if not due:
+            self._due = min(self._looked.values(), default=self._records) + self._update_every
+        return due
+
+    def has_news(self, rule_id: str, layer: int | None, peak: float, experts: Iterable[int]) -> bool:
+        """Whether an open episode got worse, or concerns further experts, since it was last reported."""
+        record = self._open[rule_id, layer]
+        self._looked[rule_id, layer] = self._records
+        worse = abs(_worst(record, peak) - record.peak) > _CHANGE * abs(record.peak)
+        return worse or not set(experts) <= set(record.experts)
 
     def update(self, finding: Finding, step: int) -> list[AlertRecord]:
-        """Report an open episode again if its peak got worse or it concerns further experts."""
+        """Report an open episode again if there is news of it."""
         key = (finding.rule, finding.layer)
-        record = self._open[key]
-        self._looked[key] = self._records
-        worse = abs(_worst(record, finding.peak) - record.peak) > _CHANGE * abs(record.peak)
-        if not worse and set(finding.experts) <= set(record.experts):
+        if not self.has_news(*key, finding.peak, finding.experts):
             return []
-        return [self._keep(key, self._restate(record, finding, step))]
+        return [self._keep(key, self._restate(self._open[key], finding, step))]
 
     def escalate(self, finding: Finding, step: int) -> list[AlertRecord]:
         """Give an open episode the harder severity of its rule."""
@@ -113,8 +126,9 @@ class Episodes:
 
     def promote(self, step: int) -> list[AlertRecord]:
         """End of the start-up window: capped episodes that are still open get their full severity."""
-        if step < self._startup_end:
+        if step < self._startup_end or not self._capped:
             return []
+        self._capped = False
         promoted = []
         for key, record in list(self._open.items()):
             if record.severity != self._severity(key, step):
@@ -140,6 +154,7 @@ class Episodes:
     def restore(self, alerts: Iterable[AlertRecord]) -> None:
         """Adopt episodes that an earlier attempt of the run left open, instead of those that are open here."""
         self._open, self._full, self._looked = {}, {}, {}
+        self._capped = True
         for record in alerts:
             if record.cleared_step is None:
                 key = (record.rule, record.layer)
@@ -165,6 +180,7 @@ class Episodes:
         full = self._full[key]
         if not rule(key[0]).startup_capped or step >= self._startup_end:
             return full
+        self._capped = True
         return SEVERITIES[min(SEVERITIES.index(full), SEVERITIES.index("warning"))]
 
     def _message(self, finding: Finding, step: int) -> str:

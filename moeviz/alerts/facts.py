@@ -26,8 +26,8 @@ def experts_of(rule_id: str, layer: int, statistics: LoadStatistics, config: Ale
     lines = {"EXPERT_STARVED": statistics.starved_line_L[layer], "EXPERT_DEAD": config.dead_line}
     if rule_id not in lines:
         return ()
-    order_E = np.argsort(mean_E, kind="stable")
-    return tuple(int(expert) for expert in order_E if mean_E[expert] < lines[rule_id])
+    below = np.flatnonzero(mean_E < lines[rule_id])
+    return tuple(below[np.argsort(mean_E[below], kind="stable")].tolist())
 
 
 def layer_facts(

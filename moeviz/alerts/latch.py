@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_NOTHING = np.zeros((0, 2), dtype=np.int64)
+
 
 class Latch:
     """One on/off state for each of R rules and L layers."""
@@ -52,6 +54,9 @@ class Latch:
             keep_RL: where a row that has begun goes on although the raise condition fails; None: nowhere.
             weight_RL: what a record counts for in its row; None: 1.
         """
+        starting_RL = raise_RL & judged_RL
+        if not (starting_RL.any() or self._held_RL.any() or self.active_RL.any()):
+            return _NOTHING, _NOTHING  # most records of a healthy run
         going_RL = raise_RL if keep_RL is None else raise_RL | (keep_RL & (self._held_RL > 0))
         longer_RL = self._held_RL + (1 if weight_RL is None else weight_RL)
         held_RL = np.where(judged_RL, np.where(going_RL, longer_RL, 0), self._held_RL)

@@ -48,121 +48,133 @@ def look(statistics: LoadStatistics, config: AlertConfig) -> LoadView:
     """Summarise the smoothed loads of every layer."""
     mean_LE, width_L, top_k_L = statistics.mean_LE, statistics.num_experts_L, statistics.top_k_L
     n_eff_L = load.n_eff(statistics.smooth_share_LE)
+    lowest_L = load.filled(mean_LE, width_L, np.inf).min(axis=-1)
     return LoadView(
-        lowest_L=load.filled(mean_LE, width_L, np.inf).min(axis=-1),
+        lowest_L=lowest_L,
         n_eff_L=n_eff_L,
         util_L=load.utilisation(n_eff_L, top_k_L, width_L),
         excess_L=load.excess(mean_LE.max(axis=-1) - 1, top_k_L, width_L),
-        dead_L=statistics.experts_below(config.dead_line).sum(axis=-1),
+        dead_L=statistics.experts_below(np.full(len(lowest_L), config.dead_line), lowest_L),
     )
 
 
-def load_readings(
-    statistics: LoadStatistics, drift: Drift, view: LoadView, config: AlertConfig
-) -> list[Reading]:
-    """The six load rules on the current statistics."""
-    judged_L = (statistics.seen_L >= config.arm_after) & (statistics.num_experts_L > statistics.top_k_L)
-    return [
-        _starved(statistics, view, config, judged_L),
-        _dead(statistics, view, config, judged_L),
-        _skew(view, config, judged_L),
-        _collapse(statistics, view, config, judged_L),
-        _drift(drift, view, config, judged_L),
-        _oscillation(statistics, config, judged_L),
-    ]
+class LoadRules:
+    """The six load rules for layers of these shapes; `readings` takes the current statistics."""
+
+    def __init__(self, num_experts_L: np.ndarray, top_k_L: np.ndarray, config: AlertConfig) -> None:
+        self._config = config
+        self._has_choice_L = num_experts_L > top_k_L
+        self._many_dead_L = np.maximum(2, np.ceil(config.collapse_dead_share * num_experts_L))
+        self._one_L = np.ones(len(num_experts_L))
+        self._dead_line_L = config.dead_line * self._one_L
+        self._drift_line_L = config.drift_limit * self._one_L
+        self._swing_line_L = config.swing_amplitude * self._one_L
+
+    def readings(self, statistics: LoadStatistics, drift: Drift, view: LoadView) -> list[Reading]:
+        """Every rule on the current statistics."""
+        config = self._config
+        judged_L = self._has_choice_L & (statistics.seen_L >= config.arm_after)
+        known_L = statistics.seen_L > config.arm_after + config.raise_after
+        idle_L = 1 - view.util_L
+        seen_enough_L = statistics.even_total_L >= config.dead_assignments
+        return [
+            self._starved(statistics, view, judged_L, known_L),
+            self._dead(statistics, view, judged_L & seen_enough_L, known_L),
+            self._skew(view, idle_L, judged_L),
+            self._collapse(view, idle_L, seen_enough_L, judged_L),
+            self._drift(drift, view, judged_L),
+            self._oscillation(statistics, judged_L),
+        ]
+
+    def _starved(
+        self, statistics: LoadStatistics, view: LoadView, judged_L: np.ndarray, known_L: np.ndarray
+    ) -> Reading:
+        config, line_L = self._config, statistics.starved_line_L
+        sd_L = statistics.mean_sd(view.lowest_L)
+        guarded_L = line_L - config.guard_sd * sd_L
+        return Reading(
+            "EXPERT_STARVED",
+            raise_L=view.lowest_L < guarded_L,
+            clear_L=view.lowest_L > config.starved_clear * line_L,
+            judged_L=judged_L,
+            value_L=view.lowest_L,
+            threshold_L=line_L,
+            weight_L=_worth(guarded_L - view.lowest_L, sd_L, known_L),
+        )
+
+    def _dead(
+        self, statistics: LoadStatistics, view: LoadView, judged_L: np.ndarray, known_L: np.ndarray
+    ) -> Reading:
+        # A few stray tokens lift a smoothed load over so low a line for many records: that is noise, not recovery.
+        config = self._config
+        sd_L = statistics.mean_sd(self._dead_line_L)
+        stray_L = config.guard_sd * sd_L
+        return Reading(
+            "EXPERT_DEAD",
+            raise_L=view.dead_L > 0,
+            clear_L=view.lowest_L > config.dead_clear,
+            judged_L=judged_L,
+            value_L=view.lowest_L,
+            threshold_L=self._dead_line_L,
+            keep_L=view.lowest_L < np.minimum(config.dead_line + stray_L, config.dead_clear),
+            weight_L=_worth(config.dead_clear - stray_L - view.lowest_L, sd_L, known_L),
+        )
+
+    def _skew(self, view: LoadView, idle_L: np.ndarray, judged_L: np.ndarray) -> Reading:
+        config = self._config
+        value_L = np.maximum(view.excess_L / config.skew_excess, idle_L / (1 - config.skew_util))
+        calm_L = (view.excess_L < config.skew_clear_excess) & (view.util_L > config.skew_clear_util)
+        return Reading("LOAD_SKEW", value_L > 1, calm_L, judged_L, value_L, self._one_L)
+
+    def _collapse(
+        self, view: LoadView, idle_L: np.ndarray, seen_enough_L: np.ndarray, judged_L: np.ndarray
+    ) -> Reading:
+        config = self._config
+        dead_L = view.dead_L / self._many_dead_L * seen_enough_L
+        concentration_L = np.maximum(
+            view.excess_L / config.collapse_excess, idle_L / (1 - config.collapse_util)
+        )
+        calm_L = (view.excess_L < config.collapse_clear_excess) & (view.util_L > config.collapse_clear_util)
+        return Reading(
+            "ROUTING_COLLAPSE",
+            raise_L=(concentration_L > 1) | (dead_L >= 1),
+            clear_L=calm_L & (dead_L < 1),
+            judged_L=judged_L,
+            value_L=np.maximum(concentration_L, dead_L),
+            threshold_L=self._one_L,
+        )
+
+    def _drift(self, drift: Drift, view: LoadView, judged_L: np.ndarray) -> Reading:
+        config = self._config
+        fallen_L = drift.best_util_L - view.util_L >= config.drift_util_drop
+        return Reading(
+            "LOAD_DRIFT",
+            raise_L=(drift.sum_L > config.drift_limit) & fallen_L,
+            clear_L=drift.sum_L == 0,
+            judged_L=judged_L,
+            value_L=drift.sum_L,
+            threshold_L=self._drift_line_L,
+        )
+
+    def _oscillation(self, statistics: LoadStatistics, judged_L: np.ndarray) -> Reading:
+        config, autocorr_L = self._config, statistics.autocorr_L
+        value_L = statistics.swing_L / np.maximum(statistics.swing_noise_L, 1e-12)
+        wide_L = (value_L > config.swing_amplitude) & (statistics.swing_L > config.swing_floor)
+        return Reading(
+            "BIAS_OSCILLATION",
+            raise_L=(autocorr_L < config.swing_autocorr) & wide_L,
+            clear_L=(autocorr_L > config.swing_clear_autocorr) | (value_L < config.swing_clear_amplitude),
+            judged_L=judged_L,
+            value_L=value_L,
+            threshold_L=self._swing_line_L,
+        )
 
 
-def _starved(
-    statistics: LoadStatistics, view: LoadView, config: AlertConfig, judged_L: np.ndarray
-) -> Reading:
-    line_L = statistics.starved_line_L
-    sd_L = statistics.mean_sd(view.lowest_L)
-    guarded_L = line_L - config.guard_sd * sd_L
-    return Reading(
-        "EXPERT_STARVED",
-        raise_L=view.lowest_L < guarded_L,
-        clear_L=view.lowest_L > config.starved_clear * line_L,
-        judged_L=judged_L,
-        value_L=view.lowest_L,
-        threshold_L=line_L,
-        weight_L=_worth((guarded_L - view.lowest_L) / np.maximum(sd_L, 1e-12), statistics, config),
-    )
-
-
-def _dead(statistics: LoadStatistics, view: LoadView, config: AlertConfig, judged_L: np.ndarray) -> Reading:
-    # A few stray tokens lift a smoothed load over so low a line for many records: that is noise, not recovery.
-    sd_L = statistics.mean_sd(np.full_like(view.lowest_L, config.dead_line))
-    stray_L = config.guard_sd * sd_L
-    return Reading(
-        "EXPERT_DEAD",
-        raise_L=view.dead_L > 0,
-        clear_L=view.lowest_L > config.dead_clear,
-        judged_L=judged_L & (statistics.even_total_L >= config.dead_assignments),
-        value_L=view.lowest_L,
-        threshold_L=np.full_like(view.lowest_L, config.dead_line),
-        keep_L=view.lowest_L < np.minimum(config.dead_line + stray_L, config.dead_clear),
-        weight_L=_worth(
-            (config.dead_clear - stray_L - view.lowest_L) / np.maximum(sd_L, 1e-12), statistics, config
-        ),
-    )
-
-
-def _worth(deviations_L: np.ndarray, statistics: LoadStatistics, config: AlertConfig) -> np.ndarray:
+def _worth(below_L: np.ndarray, sd_L: np.ndarray, known_L: np.ndarray) -> np.ndarray:
     """How many records one record counts for: one more for each standard deviation below a line, at most three.
 
-    Persistence is there to rule out noise, so what noise cannot explain need not persist as long. Before the first
-    records that could have persisted, the noise is not known well enough for this.
+    Persistence is there to rule out noise, so what noise cannot explain need not persist as long. One, where the noise
+    is not `known_L` well enough for this: before the first records that could have persisted.
     """
-    known_L = statistics.seen_L > config.arm_after + config.raise_after
-    return np.where(known_L, 1 + np.clip(deviations_L, 0, 2), 1.0)
-
-
-def _skew(view: LoadView, config: AlertConfig, judged_L: np.ndarray) -> Reading:
-    value_L = np.maximum(view.excess_L / config.skew_excess, (1 - view.util_L) / (1 - config.skew_util))
-    calm_L = (view.excess_L < config.skew_clear_excess) & (view.util_L > config.skew_clear_util)
-    return Reading("LOAD_SKEW", value_L > 1, calm_L, judged_L, value_L, np.ones_like(value_L))
-
-
-def _collapse(
-    statistics: LoadStatistics, view: LoadView, config: AlertConfig, judged_L: np.ndarray
-) -> Reading:
-    many_dead_L = np.maximum(2, np.ceil(config.collapse_dead_share * statistics.num_experts_L))
-    dead_L = np.where(statistics.even_total_L >= config.dead_assignments, view.dead_L / many_dead_L, 0.0)
-    concentration_L = np.maximum(
-        view.excess_L / config.collapse_excess, (1 - view.util_L) / (1 - config.collapse_util)
-    )
-    calm_L = (view.excess_L < config.collapse_clear_excess) & (view.util_L > config.collapse_clear_util)
-    return Reading(
-        "ROUTING_COLLAPSE",
-        raise_L=(concentration_L > 1) | (dead_L >= 1),
-        clear_L=calm_L & (dead_L < 1),
-        judged_L=judged_L,
-        value_L=np.maximum(concentration_L, dead_L),
-        threshold_L=np.ones_like(concentration_L),
-    )
-
-
-def _drift(drift: Drift, view: LoadView, config: AlertConfig, judged_L: np.ndarray) -> Reading:
-    fallen_L = drift.best_util_L - view.util_L >= config.drift_util_drop
-    return Reading(
-        "LOAD_DRIFT",
-        raise_L=(drift.sum_L > config.drift_limit) & fallen_L,
-        clear_L=drift.sum_L == 0,
-        judged_L=judged_L,
-        value_L=drift.sum_L,
-        threshold_L=np.full_like(drift.sum_L, config.drift_limit),
-    )
-
-
-def _oscillation(statistics: LoadStatistics, config: AlertConfig, judged_L: np.ndarray) -> Reading:
-    value_L = statistics.swing_L / np.maximum(statistics.swing_noise_L, 1e-12)
-    autocorr_L = statistics.autocorr_L
-    wide_L = (value_L > config.swing_amplitude) & (statistics.swing_L > config.swing_floor)
-    return Reading(
-        "BIAS_OSCILLATION",
-        raise_L=(autocorr_L < config.swing_autocorr) & wide_L,
-        clear_L=(autocorr_L > config.swing_clear_autocorr) | (value_L < config.swing_clear_amplitude),
-        judged_L=judged_L,
-        value_L=value_L,
-        threshold_L=np.full_like(value_L, config.swing_amplitude),
-    )
+    deviations_L = below_L / np.maximum(sd_L, 1e-12)
+    return 1 + np.minimum(np.maximum(deviations_L, 0), 2) * known_L

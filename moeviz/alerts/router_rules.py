@@ -34,6 +34,10 @@ class RouterRules:
             np.log(np.array([layer.num_experts for layer in info.layers], dtype=np.float64)) ** 2
         )
         self._num_layers = info.num_layers
+        self._one_L, self._zero_L = np.ones(info.num_layers), np.zeros(info.num_layers)
+        self._yes_L, self._no_L = self._one_L > 0, self._one_L < 0
+        self._nan_L = np.full(info.num_layers, np.nan)
+        self._bias_line_L = np.where(self._logit_space_L, config.bias_logits, config.bias_scores)
         self._bias_LE: np.ndarray | None = None
         self.bias_step_L = np.full(info.num_layers, np.nan if plan.bias_step is None else plan.bias_step)
         """u of the balancing rule: given, or the usual size of a bias's change."""
@@ -43,6 +47,7 @@ class RouterRules:
         planned = config.logit_growth_share * (plan.planned_steps or 0)
         self._growth_steps = max(config.logit_growth_steps, int(planned))
         self._z_history: deque[tuple[int, np.ndarray]] = deque()
+        self._lowest_z_L = np.zeros(0)
 
     def readings(
         self, record: LoadRecord, live: dict[str, np.ndarray], design_effect_L: np.ndarray, shapes: tuple
@@ -58,8 +63,7 @@ class RouterRules:
 
     def _silent(self, rule: str, level: int = 0) -> Reading:
         """A rule whose quantity was not recorded."""
-        no_L, nan_L = np.zeros(self._num_layers, dtype=bool), np.full(self._num_layers, np.nan)
-        return Reading(rule, no_L, no_L, no_L, nan_L, nan_L, level)
+        return Reading(rule, self._no_L, self._no_L, self._no_L, self._nan_L, self._nan_L, level)
 
     def _saturated(self, record: LoadRecord, live: dict[str, np.ndarray]) -> Reading:
         if record.bias_LE is None:
@@ -67,13 +71,13 @@ class RouterRules:
         self._learn_bias_step(record.bias_LE)
         config, span_L = self._config, live["bias_range"]
         self.bias_span_L = span_L
-        logit_rms_L = np.full(self._num_layers, np.nan)
-        if "logit_squared" in record.token_sums:
-            logit_rms_L = np.sqrt(np.asarray(record.token_sums["logit_squared"]) / record.tokens)
-        value_L = np.where(self._logit_space_L, span_L / logit_rms_L, span_L)
-        line_L = np.where(self._logit_space_L, config.bias_logits, config.bias_scores)
+        value_L, judged_L, line_L = span_L, self._score_space_L, self._bias_line_L
+        if self._logit_space_L.any():
+            squared_L = record.token_sums.get("logit_squared", self._nan_L)
+            logit_rms_L = np.sqrt(np.asarray(squared_L) / record.tokens)
+            value_L = np.where(self._logit_space_L, span_L / logit_rms_L, span_L)
+            judged_L = judged_L | (self._logit_space_L & np.isfinite(logit_rms_L))
         clear_L = line_L * config.bias_clear_scores / config.bias_scores
-        judged_L = self._score_space_L | (self._logit_space_L & np.isfinite(logit_rms_L))
         # A large bias under an even load is one that works: seen in healthy runs balanced by bias alone.
         uneven_L = live["eff_util"] < config.bias_even_util
         fires_L, calm_L = (value_L > line_L) & uneven_L, (value_L < clear_L) | ~uneven_L
@@ -85,8 +89,8 @@ class RouterRules:
         The largest move of the last record that moved is u.
         """
         if self._bias_LE is not None and self._plan.bias_step is None:
-            moved_LE = np.abs(bias_LE.astype(np.float64) - self._bias_LE)
-            largest_L = moved_LE.max(axis=-1)
+            moved_LE = np.subtract(bias_LE, self._bias_LE, dtype=np.float64)
+            largest_L = np.abs(moved_LE, out=moved_LE).max(axis=-1)
             self.bias_step_L = np.where(largest_L > 0, largest_L, self.bias_step_L)
         self._bias_LE = bias_LE
 
@@ -96,11 +100,11 @@ class RouterRules:
         if record.dropped_LE is None:
             return [self._silent("TOKENS_DROPPED"), self._silent("TOKENS_DROPPED", level=1)]
         config, rate_L = self._config, live["drop_rate"]
-        self.expected_drop_L = np.zeros(self._num_layers)
+        self.expected_drop_L = self._zero_L
         if record.dropped_LE.any():
             self._expect_drops(record, design_effect_L, shapes)
         line_L = self.expected_drop_L + config.drop_excess
-        error_L = np.full(self._num_layers, config.drop_error)
+        error_L = config.drop_error * self._one_L
         judged_L = ~np.isnan(rate_L)
         return [
             Reading("TOKENS_DROPPED", rate_L > line_L, rate_L < line_L / 2, judged_L, rate_L, line_L),
@@ -129,7 +133,7 @@ class RouterRules:
         )
         judged_L = np.isfinite(z_L)
         line_L = np.where(lse_L > config.lse_warning, config.lse_warning, np.sqrt(high_L))
-        hard_L = np.full(self._num_layers, config.lse_critical)
+        hard_L = config.lse_critical * self._one_L
         return [
             Reading(
                 "ROUTER_LOGITS", (lse_L > config.lse_warning) | growing_L, calm_L, judged_L, lse_L, line_L
@@ -141,19 +145,22 @@ class RouterRules:
 
     def _lowest_z(self, step: int, z_L: np.ndarray) -> np.ndarray:
         """Smallest z-loss of each layer within the growth window, on a coarse grid of its steps."""
-        history = self._z_history
+        history, known = self._z_history, len(self._z_history)
         if not history or step - history[-1][0] >= self._growth_steps // _GROWTH_SAMPLES:
             history.append((step, z_L))
+            known = -1
         while history and step - history[0][0] > self._growth_steps:
             history.popleft()
-        return np.fmin.reduce([z for _, z in history] + [z_L])
+        if known != len(history):
+            self._lowest_z_L = np.fmin.reduce([z for _, z in history])
+        return np.fmin(self._lowest_z_L, z_L)
 
     def _hardened(self, step: int, live: dict[str, np.ndarray]) -> Reading:
         if self._plan.planned_steps is None or "route_entropy" not in live:
             return self._silent("ROUTER_HARDENED")
         config, entropy_L = self._config, live["route_entropy"]
         early = step < config.hard_share * self._plan.planned_steps
-        line_L = np.full(self._num_layers, config.hard_entropy)
+        line_L = config.hard_entropy * self._one_L
         return Reading(
             "ROUTER_HARDENED",
             raise_L=(entropy_L < line_L) & early,
@@ -164,11 +171,12 @@ class RouterRules:
         )
 
     def _nonfinite(self, record: LoadRecord) -> Reading:
-        bad_L = np.zeros(self._num_layers)
-        for table_LE in (record.prob_sum_LE, record.weight_sum_LE, record.bias_LE):
-            # A row's sum is finite unless an entry is not: one pass instead of three.
-            bad_L += 0 if table_LE is None else ~np.isfinite(table_LE.sum(axis=-1))
-        for name, total_L in record.token_sums.items():
-            bad_L += 0 if name in _NOT_OF_EVERY_LAYER else ~np.isfinite(total_L)
-        everywhere_L, zero_L = np.ones(self._num_layers, dtype=bool), np.zeros(self._num_layers)
-        return Reading("NONFINITE", bad_L > 0, ~everywhere_L, everywhere_L, bad_L, zero_L)
+        # A sum is finite unless an entry is not: one pass over each table instead of three.
+        tables = (record.prob_sum_LE, record.weight_sum_LE, record.bias_LE)
+        totals = [table_LE.sum(axis=-1) for table_LE in tables if table_LE is not None]
+        sums = record.token_sums.items()
+        totals += [total_L for name, total_L in sums if name not in _NOT_OF_EVERY_LAYER]
+        bad_L = self._zero_L
+        if totals and not np.isfinite(whole_L := np.concatenate(totals)).all():
+            bad_L = (~np.isfinite(whole_L)).reshape(len(totals), -1).sum(axis=0).astype(np.float64)
+        return Reading("NONFINITE", bad_L > 0, self._no_L, self._yes_L, bad_L, self._zero_L)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeviz.alerts.config import AlertConfig
-from moeviz.metrics import load, noise
+from moeviz.metrics import load
 
 _OUTLIER = 10.0
 """One difference counts as at most this many times its expected square: a jump is not noise."""
@@ -27,6 +27,8 @@ class LoadStatistics:
         layers, width = len(num_experts_L), int(num_experts_L.max(initial=1))
         self._mask_LE = load.expert_mask(num_experts_L, width)
         self._padding_LE = ~self._mask_LE if not self._mask_LE.all() else None
+        self._coverage_L1 = (top_k_L / num_experts_L)[:, None]
+        self._middle_L = (num_experts_L - 1) // 2, num_experts_L // 2
         self.starved_line_L = load.starved_line(
             num_experts_L, cap=config.starved_cap, scale=config.starved_scale
         )
@@ -48,7 +50,7 @@ class LoadStatistics:
         self.autocorr_L = np.zeros(layers)
         """Lag-1 autocorrelation of that distance, pooled over experts: -1 when loads alternate."""
         self._last_LE, self._before_LE, self._gap_LE, self._square_LE = np.zeros((4, layers, width))
-        self._square2_L, self._swing2_L, self._covariance_L = np.zeros((3, layers))
+        self._square2_L, self._swing2_L, self._covariance_L, self._unit_variance_L = np.zeros((4, layers))
 
     def update(self, counts_LE: np.ndarray) -> None:
         """Take in the assignment counts of one record. Layers without assignments keep their state."""
@@ -68,17 +70,18 @@ class LoadStatistics:
         planned_L = np.ceil(64 * config.design_effect_prior / (even_L * self.starved_line_L))
         self.window_L = np.where(fresh_L, np.maximum(config.window_min, planned_L), self.window_L)
         gap_LE = rel_LE - self.mean_LE
-        self.mean_LE += self._weight(self.window_L, fresh_L)[:, None] * gap_LE
+        alpha_L = 2 / (self.window_L + 1)
+        self.mean_LE += self._weight(alpha_L, fresh_L)[:, None] * gap_LE
         # A gap before the mean has settled would count as a swing.
         swinging_L = fresh_L & (self.seen_L > config.window_min // 2)
-        self._swing(gap_LE, np.where(swinging_L, 2 / (self.window_L + 1), 0.0))
+        self._swing(gap_LE, alpha_L * swinging_L)
         self._noise(rel_LE, even_L, fresh_L)
         self._gap_LE, self._last_LE, self._before_LE = gap_LE, rel_LE, self._last_LE
 
-    def _weight(self, window_L: np.ndarray, fresh_L: np.ndarray, lag: int = 0) -> np.ndarray:
+    def _weight(self, alpha_L: np.ndarray, fresh_L: np.ndarray, lag: int = 0) -> np.ndarray:
         """Weight of the newest record: a plain mean until the window is full, exponential from then on."""
-        seen_L = np.maximum(self.seen_L - lag, 1)
-        return np.where(fresh_L & (self.seen_L > lag), np.maximum(2 / (window_L + 1), 1 / seen_L), 0.0)
+        seen_L = self.seen_L - lag
+        return np.maximum(alpha_L, 1 / np.maximum(seen_L, 1)) * (fresh_L & (seen_L > 0))
 
     def _swing(self, gap_LE: np.ndarray, weight_L: np.ndarray) -> None:
         self._swing2_L += weight_L * (np.einsum("le,le->l", gap_LE, gap_LE) - self._swing2_L)
@@ -91,35 +94,40 @@ class LoadStatistics:
 
         From lag 1, a median over experts, and from lag 2, which an alternation cannot inflate.
         """
-        window_L = np.maximum(self._config.noise_window, self.window_L)
-        variance_LE = self._variance(even_L)
+        alpha_L = 2 / (np.maximum(self._config.noise_window, self.window_L) + 1)
+        room_LE = self._room()
+        half_L = even_L / 2  # a square over twice its variance is half_L times the square over its room
         square_LE = rel_LE - self._last_LE
         square_LE *= square_LE
-        square_LE /= 2 * variance_LE
+        square_LE /= room_LE
         settled_L = self.seen_L > self._config.window_min
-        limit_L = np.where(settled_L, _OUTLIER * self.design_effect_L, np.inf)
+        limit_L = np.where(settled_L, _OUTLIER * self.design_effect_L / half_L, np.inf)
         np.minimum(square_LE, limit_L[:, None], out=square_LE)
-        square_LE -= self._square_LE
-        self._square_LE += self._weight(window_L, fresh_L, lag=1)[:, None] * square_LE
-        total_L = self._total(variance_LE)
+        weight_L = self._weight(alpha_L, fresh_L, lag=1)
+        square_LE *= (weight_L * half_L)[:, None]
+        self._square_LE *= (1 - weight_L)[:, None]
+        self._square_LE += square_LE
+        total_L = self._total(room_LE) / even_L
         lag2_LE = rel_LE - self._before_LE
         square2_L = np.einsum("le,le->l", lag2_LE, lag2_LE) / (2 * total_L)
-        self._square2_L += self._weight(window_L, fresh_L, lag=2) * (square2_L - self._square2_L)
+        self._square2_L += self._weight(alpha_L, fresh_L, lag=2) * (square2_L - self._square2_L)
         estimate_L = np.minimum(self._median(self._square_LE), self._square2_L)
         self.design_effect_L = np.where(self.seen_L > 2, np.maximum(estimate_L, 1), 1.0)
+        self._unit_variance_L = self.design_effect_L / (even_L * self.window_L)
         believed_L = np.minimum(self.design_effect_L, self._config.swing_design_effect)
         self.swing_noise_L = np.sqrt(believed_L * total_L / self.num_experts_L)
 
-    def _variance(self, even_L: np.ndarray) -> np.ndarray:
-        """Sampling variance of each load for independent tokens, at its mean but not below the starved line.
+    def _room(self) -> np.ndarray:
+        """r (1 - k r/E) of each load, which over N k/E is its sampling variance for independent tokens.
 
-        A starved expert's variance goes to 0, and a ratio to it would not settle. Padding gets 1.
+        r is the mean, but not below the starved line: a starved expert's variance goes to 0, and a ratio to it would
+        not settle. Padding gets 1.
         """
         steady_LE = np.maximum(self.mean_LE, self.starved_line_L[:, None])
-        room_LE = 1 - steady_LE * (self.top_k_L / self.num_experts_L)[:, None]
+        room_LE = steady_LE * self._coverage_L1
+        np.subtract(1, room_LE, out=room_LE)
         np.maximum(room_LE, 1e-3, out=room_LE)
         room_LE *= steady_LE
-        room_LE /= even_L[:, None]
         if self._padding_LE is not None:
             room_LE[self._padding_LE] = 1.0
         return room_LE
@@ -136,20 +144,23 @@ class LoadStatistics:
             values_LE = np.where(self._mask_LE, values_LE, np.inf)
         ordered_LE = np.sort(values_LE, axis=-1)
         rows_L = np.arange(len(ordered_LE))
-        low_L = ordered_LE[rows_L, (self.num_experts_L - 1) // 2]
-        return (low_L + ordered_LE[rows_L, self.num_experts_L // 2]) / 2
+        low_L, high_L = self._middle_L
+        return (ordered_LE[rows_L, low_L] + ordered_LE[rows_L, high_L]) / 2
 
     def mean_sd(self, rel: np.ndarray) -> np.ndarray:
-        """Standard deviation of a smoothed load m = `rel` [L] of each layer."""
-        tokens_L = np.maximum(self.assignments_L, 1) / self.top_k_L
-        variance_L = noise.load_rel_var(rel, tokens_L, self.top_k_L, self.num_experts_L, self.design_effect_L)
-        return np.sqrt(np.maximum(variance_L, 0) / self.window_L)
+        """Standard deviation of a smoothed load m = `rel` [L] of each layer: `noise.load_rel_var` over the window."""
+        variance_L = self._unit_variance_L * rel * (1 - rel * self._coverage_L1[:, 0])
+        return np.sqrt(np.maximum(variance_L, 0))
 
     @property
     def smooth_share_LE(self) -> np.ndarray:
         """Smoothed load shares, rows sum to 1."""
         return self.mean_LE / self.num_experts_L[:, None]
 
-    def experts_below(self, line_L: np.ndarray | float) -> np.ndarray:
-        """bool [L, E]: experts whose smoothed load is below the line of their layer."""
-        return (self.mean_LE < np.broadcast_to(line_L, self.num_experts_L.shape)[:, None]) & self._mask_LE
+    def experts_below(self, line_L: np.ndarray, lowest_L: np.ndarray) -> np.ndarray:
+        """int64 [L]: experts whose smoothed load is below the line of their layer; `lowest_L` is the smallest load."""
+        found_L = np.zeros(len(line_L), dtype=np.int64)
+        if (rows := np.flatnonzero(lowest_L < line_L)).size:
+            below_XE = (self.mean_LE[rows] < line_L[rows, None]) & self._mask_LE[rows]
+            found_L[rows] = below_XE.sum(axis=-1)
+        return found_L

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeviz.metrics import capacity, load, losses, noise
+from moeviz.metrics.load import Experts
 from moeviz.records import LoadRecord, ModelInfo
 
 _MEANS = {"lse_squared": "z_loss", "confidence": "route_conf", "margin": "margin"}
@@ -36,49 +37,53 @@ def live_metrics(
         top_k_L: active experts per token of each layer.
         design_effect_L: D of `noise`, for the noise floor and the noise-corrected CV^2.
     """
+    # Layers of one width need neither a mask nor a width for each row.
+    columns = record.counts_LE.shape[-1]
+    widths: Experts = columns if (num_experts_L == columns).all() else num_experts_L
     share_LE = load.load_share(record.counts_LE)
-    values = _balance(share_LE, record.tokens, num_experts_L, top_k_L, design_effect_L)
+    values = _balance(share_LE, record.tokens, widths, top_k_L, design_effect_L)
     if record.dropped_LE is not None:
         values["drop_rate"] = capacity.drop_rate(record.dropped_LE, record.counts_LE)
     if record.weight_sum_LE is not None:
-        values["importance_cv2"] = load.importance_cv2(record.weight_sum_LE, num_experts_L)
+        values["importance_cv2"] = load.importance_cv2(record.weight_sum_LE, widths)
     if record.bias_LE is not None:
-        values["bias_range"] = losses.bias_range(record.bias_LE, num_experts_L)
-        values["bias_rms"] = losses.bias_rms(record.bias_LE, num_experts_L)
-    return values | _decisions(record, share_LE, num_experts_L)
+        values["bias_range"] = losses.bias_range(record.bias_LE, widths)
+        values["bias_rms"] = losses.bias_rms(record.bias_LE, widths)
+    return values | _decisions(record, share_LE, widths)
 
 
 def _balance(
     share_LE: np.ndarray,
     tokens: int,
-    num_experts_L: np.ndarray,
+    widths: Experts,
     top_k_L: np.ndarray,
     design_effect_L: np.ndarray | float,
 ) -> dict[str, np.ndarray]:
     # Passes over [L, E] are the cost of a step: what is a function of another metric of the step takes none.
     square_L = load.hill_sum(share_LE)
-    cv2_L = load.cv2(square_L, num_experts_L)
-    imbalance_L = load.load_imbalance(share_LE, num_experts_L)
-    shape = (tokens, top_k_L, num_experts_L, design_effect_L)
+    cv2_L = load.cv2(square_L, widths)
+    imbalance_L = load.load_imbalance(share_LE, widths)
+    maxvio_L = imbalance_L - 1
+    variance_L = noise.cv2_floor(tokens, top_k_L, widths, design_effect_L)
     entropy_L = load.entropy_nats(share_LE)
     n_eff_L = np.exp(entropy_L)
     return {
-        "load_entropy": load.normalised_entropy(entropy_L, num_experts_L),
+        "load_entropy": load.normalised_entropy(entropy_L, widths),
         "n_eff": n_eff_L,
         "n_eff2": 1 / square_L,
-        "eff_util": load.utilisation(n_eff_L, top_k_L, num_experts_L),
+        "eff_util": load.utilisation(n_eff_L, top_k_L, widths),
         "load_cv": np.sqrt(cv2_L),
-        "cv2_excess": noise.cv2_excess(cv2_L, *shape),
+        "cv2_excess": np.maximum(cv2_L - variance_L, 0),
         "load_imbalance": imbalance_L,
-        "maxvio_batch": imbalance_L - 1,
-        "maxvio_floor": noise.maxvio_floor(*shape),
-        "excess_cov": load.excess(imbalance_L - 1, top_k_L, num_experts_L),
-        "min_load": load.min_load(share_LE, num_experts_L),
-        "gini": load.gini(share_LE, num_experts_L),
+        "maxvio_batch": maxvio_L,
+        "maxvio_floor": noise.expected_largest(widths) * np.sqrt(variance_L),
+        "excess_cov": load.excess(maxvio_L, top_k_L, widths),
+        "min_load": load.min_load(share_LE, widths),
+        "gini": load.gini(share_LE, widths),
     }
 
 
-def _decisions(record: LoadRecord, share_LE: np.ndarray, num_experts_L: np.ndarray) -> dict[str, np.ndarray]:
+def _decisions(record: LoadRecord, share_LE: np.ndarray, widths: Experts) -> dict[str, np.ndarray]:
     means = {
         name: np.asarray(total, dtype=np.float64) / record.tokens for name, total in record.token_sums.items()
     }
@@ -86,10 +91,10 @@ def _decisions(record: LoadRecord, share_LE: np.ndarray, num_experts_L: np.ndarr
     if "z_loss" in values:
         values["lse_rms"] = losses.lse_rms(values["z_loss"])
     if "entropy_nats" in means:
-        values["route_entropy"] = load.normalised_entropy(means["entropy_nats"], num_experts_L)
+        values["route_entropy"] = load.normalised_entropy(means["entropy_nats"], widths)
     if record.prob_sum_LE is not None:
         mean_prob_LE = record.prob_sum_LE.astype(np.float64) / record.tokens
-        values["aux_switch"] = losses.aux_switch(share_LE, mean_prob_LE, num_experts_L)
+        values["aux_switch"] = losses.aux_switch(share_LE, mean_prob_LE, widths)
         if "entropy_nats" in means:
             values["route_mi"] = np.maximum(load.entropy_nats(mean_prob_LE) - means["entropy_nats"], 0)
     return values

@@ -34,7 +34,9 @@ def expert_mask(num_experts: Experts, width: int) -> np.ndarray:
 def filled(table_LE: np.ndarray, num_experts: Experts | None, value: float) -> np.ndarray:
     """`table_LE` with `value` in its padding; the array itself where it has none."""
     width = table_LE.shape[-1]
-    if num_experts is None or np.all(np.equal(num_experts, width)):
+    if num_experts is None or (isinstance(num_experts, int) and num_experts == width):
+        return table_LE
+    if np.equal(num_experts, width).all():
         return table_LE
     return np.where(expert_mask(num_experts, width), table_LE, value)
 
@@ -141,8 +143,8 @@ def load_entropy(share_LE: np.ndarray, num_experts: Experts | None = None) -> np
 
 def normalised_entropy(nats_L: np.ndarray, num_experts: Experts) -> np.ndarray:
     """An entropy over experts in units of its maximum, H / ln E: 0 to 1. NaN for one expert."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return nats_L / np.log(num_experts)
+    most_L = np.log(num_experts)
+    return nats_L / np.where(most_L > 0, most_L, np.nan)
 
 
 @defines("n_eff")
@@ -169,8 +171,7 @@ def eff_util(share_LE: np.ndarray, top_k: Experts, num_experts: Experts | None =
 def utilisation(n_eff_L: np.ndarray, top_k: Experts, num_experts: Experts) -> np.ndarray:
     """`eff_util` of a known effective number of experts: (n_eff - k) / (E - k), NaN where E = k."""
     free_L = np.asarray(num_experts, dtype=np.float64) - top_k
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(free_L > 0, (n_eff_L - top_k) / free_L, np.nan)
+    return (n_eff_L - top_k) / np.where(free_L > 0, free_L, np.nan)
 
 
 @defines("excess_cov")
@@ -185,8 +186,7 @@ def excess_cov(share_LE: np.ndarray, top_k: Experts, num_experts: Experts | None
 def excess(maxvio_L: np.ndarray, top_k: Experts, num_experts: Experts) -> np.ndarray:
     """`excess_cov` of a known maximal violation, MaxVio / (E/k - 1), NaN where E = k."""
     most_L = np.asarray(num_experts, dtype=np.float64) / top_k - 1
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(most_L > 0, maxvio_L / most_L, np.nan)
+    return maxvio_L / np.where(most_L > 0, most_L, np.nan)
 
 
 @defines("gini")

@@ -44,14 +44,20 @@ def _largest_of(num_experts: int) -> float:
     return NormalDist().inv_cdf((num_experts - 0.375) / (num_experts + 0.25))
 
 
+def expected_largest(num_experts: Experts) -> Number:
+    """m_E, the expected largest of E standard normal numbers."""
+    if isinstance(num_experts, int):
+        return _largest_of(num_experts)
+    widths = np.asarray(num_experts)
+    return np.array([_largest_of(width) for width in widths.ravel().tolist()]).reshape(widths.shape)
+
+
 @defines("maxvio_floor")
 def maxvio_floor(
     tokens: Number, top_k: Experts, num_experts: Experts, design_effect: Number = 1.0
 ) -> np.ndarray:
     """MaxVio that a perfectly balanced router is expected to show on N tokens: m_E sd(r)."""
-    widths = np.asarray(num_experts)
-    largest = np.array([_largest_of(int(width)) for width in widths.ravel()]).reshape(widths.shape)
-    return largest * even_load_sd(tokens, top_k, num_experts, design_effect)
+    return expected_largest(num_experts) * even_load_sd(tokens, top_k, num_experts, design_effect)
 
 
 def cv2_floor(
