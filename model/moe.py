@@ -40,12 +40,15 @@ class SparseMoE(nn.Module):
         routing = self._route(x_BSD, x_TD, draws, valid_BS)
         kept = () if routing.kept_TK is None else (routing.kept_TK,)
         y_BSD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, *kept).view_as(x_BSD)
-        if self.shared_experts is not None:
-            shared_BSD = self.shared_experts(x_BSD)
-            if self.shared_expert_gate is not None:
-                shared_BSD = shared_BSD * self.shared_expert_gate(x_BSD).sigmoid()
-            y_BSD = y_BSD + shared_BSD
-        return MoEOutput(y_BSD, routing)
+        return MoEOutput(self._with_shared(x_BSD, y_BSD), routing)
+
+    def _with_shared(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        if self.shared_experts is None:
+            return y_BSD
+        shared_BSD = self.shared_experts(x_BSD)
+        if self.shared_expert_gate is not None:
+            shared_BSD = shared_BSD * self.shared_expert_gate(x_BSD).sigmoid()
+        return y_BSD + shared_BSD
 
     def _route(
         self, x_BSD: Tensor, x_TD: Tensor, draws: RouterDraws | None, valid_BS: Tensor | None

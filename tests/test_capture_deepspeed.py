@@ -77,7 +77,7 @@ def test_every_engine_is_counted_like_the_model_counts_itself(
 class Gated(nn.Module):
     """An embedding and DeepSpeed's gate, called as its MoE layer calls it."""
 
-    def __init__(self, k: int, capacity_factor: float) -> None:
+    def __init__(self, k: int, capacity_factor: float, *, draws: bool = False) -> None:
         super().__init__()
         from deepspeed.moe.sharded_moe import TopKGate
 
@@ -88,8 +88,9 @@ class Gated(nn.Module):
             k=k,
             capacity_factor=capacity_factor,
             min_capacity=1,
-            use_rts=False,
-            top2_2nd_expert_sampling=False,
+            use_rts=draws,
+            top2_2nd_expert_sampling=draws,
+            noisy_gate_policy="RSample" if draws else None,
         )
 
     def forward(self, input_ids: Tensor) -> Any:
@@ -126,3 +127,22 @@ def test_gate_is_read_before_and_after_its_drops(k: int, capacity_factor: float)
         given = {int(e): float(w) for e, w in zip(*seen, strict=True) if w > 0}
         assert given == pytest.approx(truth)
         assert sorted(seen[0].tolist()) == sorted(wanted_TK[token].tolist())
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_drops_are_exact_where_the_gate_draws_its_experts(k: int) -> None:
+    torch.manual_seed(2)
+    model, sink = Gated(k, 0.5, draws=True).train(), Kept()
+    ids_BS = torch.randint(0, V, (6, 9))
+    with attach(model, sink, policy=EVERYTHING) as probe:
+        output = model(ids_BS)
+        probe.step()
+    (load,) = sink.of(LoadRecord)
+    indices_KT, wanted_E = output[3], output[6]
+    kept_E = torch.bincount(indices_KT[indices_KT >= 0].long(), minlength=5)
+    logits_TE = model.gate.wg(model.embed(ids_BS).flatten(0, 1))
+    best_E = torch.bincount(logits_TE.topk(k, -1).indices.flatten(), minlength=5)
+    assert wanted_E.tolist() != best_E.tolist(), "the gate drew other experts than the best"
+    assert load.counts_LE[0].tolist() == wanted_E.tolist()
+    assert load.dropped_LE is not None
+    assert load.dropped_LE[0].tolist() == (wanted_E - kept_E).tolist()

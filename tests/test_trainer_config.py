@@ -44,7 +44,7 @@ TRAINER_FLAGS = """
 --eval-every --eval-sequences --probe-every --probe-sequences --save-every --keep-checkpoints --keep-best
 --max-bad-steps --spike-rewind --spike-window --spike-sd --max-rewinds
 --on-alert --respond-every --prune-experts --prune-window
---engine --zero-stage --deepspeed-config --num-ranks --expert-parallel --pipeline-stages --rank-timeout
+--engine --zero-stage --deepspeed-config --num-ranks --expert-parallel --expert-gate --pipeline-stages --rank-timeout
 --dtype --auto-batch --gradient-checkpointing --compile
 --device --threads
 """

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from capture_models import Kept
 from torch import distributed as dist
 
 from model.config import ModelConfig, RouterConfig
 from model.expert_config import ExpertConfig
 from model.lm import MoELanguageModel
+from moeviz.capture.probe import attach
 from moeviz.capture.sites import find_sites
 from moeviz.errors import MoevizError
+from moeviz.policy import EVERYTHING
+from moeviz.records import LoadRecord
 from trainer.balance import training_loss
-from trainer.config import EngineConfig, InputConfig, OptimConfig, TrainConfig
+from trainer.config import (
+    BalanceConfig,
+    EngineConfig,
+    InputConfig,
+    OptimConfig,
+    PruneConfig,
+    ResponseConfig,
+    TrainConfig,
+)
 from trainer.engine import Engine, build_engine
 from trainer.gradients import expert_grad_norms
 from trainer.launch_status import free_port
@@ -60,9 +73,13 @@ CASES = {
         {"zero_stage": 2, "expert_parallel": 2, "gradient_checkpointing": True},
     ),
     "experts choose": Case(routed(chooser="expert"), {"zero_stage": 1, "expert_parallel": 2}),
-    "biases, a shared expert": Case(
+    "DeepSpeed's gate, biases, a shared expert": Case(
         replace(MODEL, experts=ExpertConfig(expert_bias=True), num_shared_experts=1),
-        {"zero_stage": 2, "expert_parallel": 4},
+        {"zero_stage": 1, "expert_parallel": 4, "expert_gate": "deepspeed"},
+    ),
+    "DeepSpeed's gate, one expert each": Case(
+        replace(MODEL, top_k=1, router=RouterConfig(norm_topk=False)),
+        {"zero_stage": 0, "expert_parallel": 2, "expert_gate": "deepspeed"},
     ),
     "one expert gets everything": Case(replace(MODEL, top_k=1), {"zero_stage": 2, "expert_parallel": 4}),
     "bf16": Case(MODEL, {"zero_stage": 2, "expert_parallel": 2, "dtype": "bf16"}, 2e-2),
@@ -92,6 +109,7 @@ def config_of(case: Case, engine: Kind) -> TrainConfig:
         model=case.model,
         data=InputConfig(seq_len=S, batch_size=B, gradient_accumulation_steps=MICRO),
         optim=OptimConfig(grad_clip=0.05),
+        balance=BalanceConfig(balance="aux"),
         engine=EngineConfig(engine=engine, device="cpu", **changes),
     )
 
@@ -149,22 +167,71 @@ def train(name: str, kind: Kind, folder: Path) -> Told:
     return told._replace(resumed=same)
 
 
+GATED = (
+    routed(capacity_factor=0.6),
+    {"zero_stage": 1, "expert_parallel": 2, "expert_gate": "deepspeed"},
+)
+
+
+def read_gate(case: Case) -> dict[str, Any]:
+    """What a probe reads of DeepSpeed's gates on all ranks, and what they should have decided by their inputs."""
+    engine = built(case, config_of(case, "deepspeed"), "")
+    gates = [gate for name, gate in engine.module.named_modules() if name.endswith("deepspeed_moe.gate")]
+    inputs_LTD: list[torch.Tensor] = []
+    for gate in gates:
+        gate.register_forward_pre_hook(lambda module, args: inputs_LTD.append(args[0].detach()))
+    sink = Kept()
+    group = dist.new_group(backend="gloo")
+    probe = attach(engine.module, sink, policy=EVERYTHING, rank=engine.rank, process_group=group)
+    ids_BS = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(engine.rank))
+    weights = [gate.wg.weight.detach() for gate in gates]  # type: ignore[union-attr]
+    engine.backward(engine.forward(ids_BS, ids_BS.roll(-1, 1)).ce)  # type: ignore[arg-type]
+    probe.step()
+    probe.close()
+    decided = [
+        recount((x_TD @ weight.T).tolist(), 0.6) for x_TD, weight in zip(inputs_LTD, weights, strict=True)
+    ]
+    expected_2LE = engine.sum_ranks(torch.tensor(decided).transpose(0, 1).contiguous())
+    engine.destroy()
+    loads = sink.of(LoadRecord)
+    return {
+        "records": len(loads),
+        "counts": loads[0].counts_LE.tolist() if loads else None,
+        "dropped": loads[0].dropped_LE.tolist() if loads and loads[0].dropped_LE is not None else None,
+        "expected": expected_2LE.tolist(),
+    }
+
+
+def recount(logits_TE: list[list[float]], factor: float) -> tuple[list[int], list[int]]:
+    """(wanted, dropped) of each expert: all first choices in order, then all second ones, until it is full."""
+    num_experts = len(logits_TE[0])
+    best = [sorted(range(num_experts), key=lambda e: -row[e])[:2] for row in logits_TE]
+    capacity = math.ceil(len(best) * 2 * factor / num_experts)
+    wanted, dropped = [0] * num_experts, [0] * num_experts
+    for slot in range(2):
+        for choice in best:
+            wanted[choice[slot]] += 1
+            dropped[choice[slot]] += wanted[choice[slot]] > capacity
+    return wanted, dropped
+
+
 def work(rank: int, port: int, folder: Path, answer: Connection) -> None:
     alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": 0}
     os.environ.update({key: str(value) for key, value in {**alone, "WORLD_SIZE": RANKS}.items()})
     torch.set_num_threads(1)
     try:
         told = {name: {kind: train(name, kind, folder / name)._asdict() for kind in KINDS} for name in CASES}
+        seen = read_gate(Case(*GATED))
         if rank == 0:
-            answer.send(told)
+            answer.send((told, seen))
     except BaseException:
         answer.send(traceback.format_exc())
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Told]]:
-    """Every case on four ranks, each rank with all experts (plain torch) and with its share of them."""
+def worked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every case on four ranks, each rank with all experts (plain torch) and with its share of them; a read gate."""
     context, port, folder = (
         multiprocessing.get_context("spawn"),
         free_port(),
@@ -177,12 +244,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tol
     ]
     for process in ranks:
         process.start()
-    assert pipes[0][0].poll(500)
-    told = pipes[0][0].recv()
+    readers: list[Any] = [read for read, _ in pipes]
+    ready: list[Any] = wait(readers, 900)
+    assert ready, "the ranks did not answer"
+    told: Any = ready[0].recv()
+    assert not isinstance(told, str), told
     for process in ranks:
         process.join(60)
-    assert not isinstance(told, str), told
-    return {name: {kind: Told(**each) for kind, each in kinds.items()} for name, kinds in told.items()}
+    return told
+
+
+@pytest.fixture(scope="module")
+def trained(worked: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, dict[str, Told]]:
+    return {name: {kind: Told(**each) for kind, each in kinds.items()} for name, kinds in worked[0].items()}
+
+
+def test_the_gate_of_deepspeed_is_read_on_all_ranks(
+    worked: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    seen = worked[1]
+    assert seen["records"] == 1, "the first rank writes loads, summed over all"
+    counts_LE, dropped_LE = seen["expected"]
+    assert seen["counts"] == counts_LE
+    assert seen["dropped"] == dropped_LE
+    assert np.sum(counts_LE) == 2 * RANKS * B * S * 2
+    assert np.sum(dropped_LE) > 0
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -212,7 +298,7 @@ def test_their_state_comes_back_to_the_bit(trained: dict[str, dict[str, Told]], 
     [
         (
             {"engine": "torch"},
-            r"expert_parallel=2 with engine=torch: only DeepSpeed shares; add --engine deepsp",
+            r"expert_parallel=2 with engine=torch: only DeepSpeed has it; add --engine deepsp",
         ),
         ({"zero_stage": 3}, r"expert_parallel=2 with zero_stage=3 .* use --zero-stage 2"),
         ({"num_ranks": 3}, r"expert_parallel=2 does not divide num_ranks=3; give --num-ranks a multiple"),
@@ -242,3 +328,40 @@ def test_one_rank_shares_with_nobody() -> None:
         MoevizError, match="expert_parallel=2 does not divide 1 ranks; give --num-ranks a multiple"
     ):
         build_engine(MoELanguageModel(MODEL), config)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (
+            routed(score="sigmoid"),
+            {},
+            "expert_gate=deepspeed with score=sigmoid, which .* know .it has softmax",
+        ),
+        (
+            MODEL,
+            {"balance": BalanceConfig(balance="bias")},
+            r"selection_bias=True, .* \(choose --balance aux",
+        ),
+        (replace(MODEL, top_k=1), {}, "expert_gate=deepspeed with norm_topk=True"),
+        (replace(MODEL, first_dense_layers=2), {}, "expert_gate=deepspeed, and this model has no experts"),
+        (MODEL, {"optim": OptimConfig(optimizer="muon")}, "optimizer=muon would turn the gate as well"),
+        (
+            MODEL,
+            {"response": ResponseConfig(on_alert=("DEAD=reinit_router",))},
+            "on_alert reinit_router: the router is DeepSpeed's",
+        ),
+        (MODEL, {"prune": PruneConfig(prune_experts=("2=4",))}, "with prune_experts: experts leave"),
+    ],
+)
+def test_what_the_gate_of_deepspeed_does_not_know_is_refused(
+    model: ModelConfig, changes: dict[str, Any], message: str
+) -> None:
+    engine = EngineConfig(engine="deepspeed", zero_stage=0, expert_gate="deepspeed")
+    with pytest.raises(MoevizError, match=message):
+        TrainConfig(model=model, engine=engine, **{"balance": BalanceConfig(balance="aux"), **changes})
+
+
+def test_the_gate_of_deepspeed_needs_deepspeed() -> None:
+    with pytest.raises(MoevizError, match="expert_gate=deepspeed with engine=torch: only DeepSpeed has it"):
+        EngineConfig(expert_gate="deepspeed")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RouterConfig
 from moeviz.alerts import AlertConfig, Command, Webhook
 from moeviz.bridges import Tracking
 from moeviz.errors import MoevizError
@@ -291,6 +291,45 @@ class TrainConfig:
         if ranks > 1 and experts % ranks:
             raise MoevizError(
                 f"expert_parallel={ranks} does not divide num_experts={experts}; every rank holds as many"
+            )
+        if self.engine.has_deepspeed_experts and self.engine.zero_stage and self.optim.optimizer != "adamw":
+            raise MoevizError(
+                f"expert_parallel={ranks} with optimizer={self.optim.optimizer} needs whole matrices; use "
+                "--zero-stage 0 or --optimizer adamw"
+            )
+        if self.engine.expert_gate == "deepspeed":
+            self._check_gate()
+
+    def _check_gate(self) -> None:
+        """DeepSpeed's gate has none of the router's variants."""
+        told, router = "expert_gate=deepspeed", self.architecture.router
+        if self.model.num_moe_layers == 0:
+            raise MoevizError(f"{told}, and this model has no experts; leave it out")
+        plain = RouterConfig(
+            norm_topk=self.model.top_k > 1,
+            capacity_factor=router.capacity_factor,
+            drop_order=router.drop_order,
+            balance_scope=router.balance_scope,
+        )
+        for each in fields(RouterConfig):
+            wanted, asked = getattr(plain, each.name), getattr(router, each.name)
+            if wanted != asked:
+                how = "choose --balance aux" if each.name == "selection_bias" else f"it has {wanted}"
+                raise MoevizError(
+                    f"{told} with {each.name}={asked}, which DeepSpeed's gate does not know ({how}); change it, or "
+                    "leave --expert-gate out"
+                )
+        if self.optim.optimizer == "muon":
+            raise MoevizError(
+                f"{told} with optimizer=muon would turn the gate as well; use --optimizer adamw"
+            )
+        if "reinit_router" in {response.action for response in self.response.responses}:
+            raise MoevizError(
+                f"{told} with on_alert reinit_router: the router is DeepSpeed's; leave one of them out"
+            )
+        if self.prune.plan:
+            raise MoevizError(
+                f"{told} with prune_experts: experts leave the model's router only; leave one out"
             )
 
     def _check_stages(self) -> None:

@@ -26,6 +26,9 @@ class EngineConfig:
     expert_parallel: int = 1
     """Ranks that share the experts of each layer, through DeepSpeed: each holds num_experts / expert_parallel of them,
     and tokens travel there and back. A divisor of num_experts and of num_ranks. 1: each rank holds them all."""
+    expert_gate: Literal["model", "deepspeed"] = "model"
+    """Who decides where tokens go: the model's router, or the gate of DeepSpeed's MoE layer: softmax, and a capacity of
+    a rank's whole micro-batch that ends with training. Checkpoints are of the model's router."""
     pipeline_stages: int = 1
     """Ranks that divide the layers among them, one behind the other, so that a model needs to fit into none of them. A
     step's micro-batches pass through in turn: accumulate as many as stages, or more. 1: each rank has all layers."""
@@ -75,14 +78,21 @@ class EngineConfig:
                 "dtype=bf16 with zero_stage=0 starts Adam one step late in DeepSpeed 0.19; use zero_stage=1"
             )
 
+    @property
+    def has_deepspeed_experts(self) -> bool:
+        """Whether the MoE layers that are trained are DeepSpeed's."""
+        return self.expert_parallel > 1 or self.expert_gate == "deepspeed"
+
     def _check_experts(self) -> None:
         shared, told = self.expert_parallel, f"expert_parallel={self.expert_parallel}"
         require_rule(shared >= 1, told, "is below 1; leave it out for experts that every rank holds")
-        if shared == 1:
+        if not self.has_deepspeed_experts:
             return
+        if shared == 1:
+            told = f"expert_gate={self.expert_gate}"
         if self.engine != "deepspeed":
             raise MoevizError(
-                f"{told} with engine={self.engine}: only DeepSpeed shares; add --engine deepspeed"
+                f"{told} with engine={self.engine}: only DeepSpeed has it; add --engine deepspeed"
             )
         if self.zero_stage == 3:
             raise MoevizError(

@@ -264,21 +264,22 @@ class DeepSpeedEngine:
 def _share_experts(
     model: MoELanguageModel, config: TrainConfig, ranks: int, settings: Mapping[str, Any]
 ) -> ExpertShares | None:
-    """Divide the experts of every layer among ranks, where the run asks for it."""
-    if config.engine.expert_parallel == 1:
+    """Divide the experts of every layer among ranks, and give them DeepSpeed's gate, where the run asks for it."""
+    sharing = config.engine.expert_parallel
+    if not config.engine.has_deepspeed_experts:
         return None
-    if ranks % config.engine.expert_parallel:
+    if ranks % sharing:
         raise MoevizError(
-            f"expert_parallel={config.engine.expert_parallel} does not divide {ranks} ranks; give --num-ranks a "
-            "multiple of it"
+            f"expert_parallel={sharing} does not divide {ranks} ranks; give --num-ranks a multiple of it"
         )
     import deepspeed
 
+    from trainer.expert_gate import take_gate
     from trainer.expert_parallel import share_experts
 
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    data_first = bool(settings.get("use_data_before_expert_parallelism"))
-    return share_experts(model, config.engine.expert_parallel, data_first=data_first)
+    divide = take_gate if config.engine.expert_gate == "deepspeed" else share_experts
+    return divide(model, sharing, data_first=bool(settings.get("use_data_before_expert_parallelism")))
 
 
 def _import_deepspeed() -> Any:

@@ -52,7 +52,7 @@ def deepspeed_config(config: TrainConfig, ranks: int) -> dict[str, Any]:
             "the file"
         )
     merged = _merged(_without_auto(theirs), ours)
-    if config.engine.expert_parallel > 1 and config.engine.zero_stage == 0:
+    if config.engine.has_deepspeed_experts and config.engine.zero_stage == 0:
         # DeepSpeed would clip by a mean over ranks of norms that each miss the others' experts; the engine clips.
         merged["gradient_clipping"] = 0.0
     if "steps_per_print" in theirs:

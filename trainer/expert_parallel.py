@@ -27,6 +27,8 @@ from model.precision import matmul_dtype
 
 _INSIDE = "deepspeed_moe.experts.deepspeed_experts.0."
 """Where DeepSpeed looks for an expert below its layer; here all experts of a rank are one of its experts."""
+GATE = "experts.deepspeed_moe.gate.wg.weight"
+"""The router's matrix where DeepSpeed's gate has it."""
 
 
 class ParallelExperts(MoE):
@@ -46,7 +48,7 @@ class ParallelExperts(MoE):
         self.expert_group_name = f"ep_size_{ranks}"
         self.num_experts, self.num_local_experts = ranks, 1
         self.use_residual = self.enable_expert_tensor_parallelism = False
-        _keep_share(experts, groups._get_expert_parallel_rank(self.expert_group_name), ranks)
+        keep_share(experts, groups._get_expert_parallel_rank(self.expert_group_name), ranks)
         self.deepspeed_moe = _Exchange(experts, self.expert_group_name, ranks)
 
     def forward(  # type: ignore[override]
@@ -56,7 +58,8 @@ class ParallelExperts(MoE):
         return self.deepspeed_moe(x_TD, expert_ids_TK, weights_TK, kept_TK)
 
 
-def _keep_share(experts: GroupedExperts, place: int, ranks: int) -> None:
+def keep_share(experts: GroupedExperts, place: int, ranks: int) -> None:
+    """Leave the `place`-th of `ranks` equal parts of the experts, in place."""
     share = experts.num_experts // ranks
     experts.num_experts = share
     for name, weight in list(experts.named_parameters()):
@@ -93,13 +96,13 @@ class _Exchange(nn.Module):
         sent, got = (counts_RE.sum(dim=1).tolist() for counts_RE in (sent_RE, got_RE))
         dtype = matmul_dtype(x_TD)
         x_MD = _AllToAll.apply(x_TD.to(dtype).index_select(0, tokens_N), sent, got, self.group)
-        y_ND = _AllToAll.apply(_run(local, x_MD, got_RE), got, sent, self.group)
+        y_ND = _AllToAll.apply(rows_through(local, x_MD, got_RE), got, sent, self.group)
         weights_N = weights_TK.to(dtype).flatten().index_select(0, order_N)
         return torch.zeros_like(x_TD, dtype=dtype).index_add(0, tokens_N, y_ND * weights_N[:, None])
 
 
-def _run(experts: GroupedExperts, x_MD: Tensor, got_RE: Tensor) -> Tensor:
-    """Each row through its expert; rows come rank by rank, sorted by expert within each."""
+def rows_through(experts: GroupedExperts, x_MD: Tensor, got_RE: Tensor) -> Tensor:
+    """Each row through its expert; rows come rank by rank, `got_RE` of each, sorted by expert within a rank."""
     rows = len(x_MD)
     local_RE = torch.arange(experts.num_experts, device=x_MD.device).expand_as(got_RE)
     ids_M = local_RE.flatten().repeat_interleave(got_RE.flatten(), output_size=rows)
@@ -136,9 +139,14 @@ def share_experts(model: nn.Module, ranks: int, *, data_first: bool = False) -> 
         data_first: DeepSpeed's `use_data_before_expert_parallelism`: which ranks those are.
     """
     groups._create_expert_and_data_parallel(ranks, use_data_before_expert_parallel_=data_first)
-    for layer in [module for module in model.modules() if isinstance(module, SparseMoE)]:
+    for layer in moe_layers(model):
         layer.experts = ParallelExperts(layer.experts, ranks)  # type: ignore[assignment]
     return ExpertShares(ranks)
+
+
+def moe_layers(model: nn.Module) -> list[SparseMoE]:
+    """First layer first."""
+    return [module for module in model.modules() if isinstance(module, SparseMoE)]
 
 
 class ExpertShares:
@@ -159,7 +167,7 @@ class ExpertShares:
     def whole_weights(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """A state under the names, and with the shapes, of a model that shares nothing. Every rank must call it."""
         for name, value in state.items():
-            yield name.replace(_INSIDE, ""), self.whole(name, value)
+            yield name.replace(_INSIDE, "").replace(GATE, "gate.weight"), self.whole(name, value)
 
     def norm(self, named: Mapping[str, Tensor]) -> Tensor:
         """Norm over all tensors, those of experts that other ranks hold among them. Every rank must call it."""

@@ -24,6 +24,7 @@ _FIXED = (
     "engine.engine",
     "engine.zero_stage",
     "engine.expert_parallel",
+    "engine.expert_gate",
     "engine.dtype",
     "optim.optimizer",
     "freeze",
@@ -79,9 +80,9 @@ def on_ranks(found: Checkpoint, config: TrainConfig, ranks: int) -> TrainConfig:
     parts = ranks // config.engine.pipeline_stages
     if parts == found.num_replicas:
         return config
-    if found.config.engine.expert_parallel > 1:
+    if found.config.engine.has_deepspeed_experts:
         raise MoevizError(
-            f"{found.path} is of {found.num_ranks} ranks that share experts, and DeepSpeed gathers no such state for "
+            f"{found.path} is of {found.num_ranks} ranks with DeepSpeed's experts, whose state it divides for no "
             f"others; go on with --num-ranks {found.num_ranks}, or begin anew from its weights with --init-from"
         )
     whole = then.sequences_per_step * found.num_replicas

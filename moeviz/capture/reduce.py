@@ -283,7 +283,10 @@ def _assignments(
         counts_LE = decisions.counts_LE.long()
     else:
         counts_LE = per_expert(one_LTK)
-    if decisions.dropped_LTK is not None:
+    if decisions.dropped_LTK is not None and decisions.counts_LE is not None and valid_T is None:
+        # A router that counts by itself may forget which expert a dropped slot had.
+        dropped_LE = counts_LE - per_expert(one_LTK * ~decisions.dropped_LTK)
+    elif decisions.dropped_LTK is not None:
         dropped_LE = per_expert(one_LTK * decisions.dropped_LTK)
     else:
         dropped_LE = torch.zeros_like(counts_LE)

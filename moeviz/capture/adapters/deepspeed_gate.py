@@ -4,8 +4,9 @@
 
 The logits are not returned; they are computed again from the gate's input (float32, as the gate does,
 without the optional jitter). A dropped slot has lost its expert's number: it gets the best expert that the
-token does not keep, which is the one dropped whenever selection is the top-k of the logits; counts are the
-gate's own.
+token does not keep, which is the one dropped whenever selection is the top-k of the logits. Where the gate draws
+(RSample, sampling of the second expert) that is a guess in a token's row; assignments and drops of each expert are
+exact all the same, from the gate's own counts.
 """
 
 from __future__ import annotations
