@@ -127,6 +127,11 @@ def test_a_killed_rank_ends_the_run_with_its_name_its_log_and_a_checkpoint(
     newest = list_checkpoints(run / "checkpoints")[-1]
     assert f"{newest} is whole; go on with: moeviz train --resume {run}" in errors
     assert "Traceback" not in errors
+    losses, loads = told(run)
+    assert len(losses) >= int(newest.name[-8:])
+    assert {row[0] for row in loads} >= set(range(int(newest.name[-8:]))), (
+        "what is before a checkpoint is there"
+    )
     resumed = train(
         parse(["--resume", str(run / "checkpoints/step-00000002"), "--num-ranks", "1", "--max-steps", "6"])
     )

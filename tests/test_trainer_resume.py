@@ -219,6 +219,8 @@ def test_a_killed_process_loses_nothing_that_it_had_saved(tmp_path: Path, no_pac
     process.kill()
     assert process.wait() == -signal.SIGKILL
     newest = [path for path in list_checkpoints(run / "checkpoints") if int(path.name[-8:]) < 12][-1]
+    with open_run(run) as store:
+        assert set(queries.scalars(store, ["loss"])["step"]) >= set(range(int(newest.name[-8:])))
     resumed = train(parse(["--resume", str(newest), "--max-steps", "12"]))
     assert resumed.run == run
     assert_same_weights(whole.checkpoint, resumed.checkpoint)

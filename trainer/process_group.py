@@ -23,6 +23,8 @@ from moeviz.errors import MoevizError
 from trainer.launch_status import free_port
 
 _BUCKET_ELEMENTS = 8 * 2**20
+_PLACE = re.compile(r"^\[[^]]*\]\s*")
+"""Where in torch's source something happened, which gloo says first."""
 _SIGNS = re.compile(
     r"closed by peer|reset by peer|[Cc]onnection refused|Broken pipe|[Tt]imed out|[Tt]imeout|NCCL|ProcessGroup|gloo"
 )
@@ -97,7 +99,7 @@ def lost_ranks_told() -> Iterator[None]:
     except RuntimeError as error:
         if launched_ranks() == 1 or not _is_loss(error):
             raise
-        cause = str(error).strip().splitlines()[0]
+        cause = _PLACE.sub("", str(error).strip().splitlines()[0]).partition(". ")[0]
         raise LostRankError(
             f"rank {os.environ.get('RANK', 0)} lost another rank, or waited too long for it ({cause[:200]}); "
             "checkpoints are whole: go on with --resume"

@@ -55,6 +55,9 @@ class Recorder(Protocol):
     def event(self, kind: str, step: int | None = None, **detail: Any) -> None:
         """Something happened to the run."""
 
+    def flush(self) -> None:
+        """Put on the disk what is known so far. Every rank must call it, at the same step."""
+
     def close(self, error: BaseException | None = None) -> None:
         """Finish the records; `error` is what ended training, if something did."""
 
@@ -143,6 +146,8 @@ class Nowhere:
 
     def event(self, kind: str, step: int | None = None, **detail: Any) -> None: ...
 
+    def flush(self) -> None: ...
+
     def close(self, error: BaseException | None = None) -> None: ...
 
 
@@ -193,6 +198,9 @@ class ScalarRecorder(Nowhere):
     def event(self, kind: str, step: int | None = None, **detail: Any) -> None:
         number = self._step if step is None else step
         self._sink.write(EventRecord(step=number, rank=0, ts=time.time(), kind=kind, detail=detail))
+
+    def flush(self) -> None:
+        self._sink.flush()
 
     def close(self, error: BaseException | None = None) -> None:
         interrupted = isinstance(error, KeyboardInterrupt)

@@ -17,9 +17,12 @@ from trainer.progress import Progress
 def save(parts: Assembly, step: int) -> Path:
     """Write checkpoint `step` and remove those that are too old. Every rank must call it.
 
+    The steps before it are recorded first: a process that dies later, and goes on from it, would never tell of them.
+
     Raises:
         SaveError: it could not be written.
     """
+    parts.recorder.flush()
     path = save_checkpoint(
         parts.checkpoints,
         step=step,

@@ -91,7 +91,8 @@ class LoadBatch:
     def materialize(self) -> Iterator[Record]:
         """The load (of all ranks, on rank 0) and the scalars.
 
-        A load that cannot be made costs neither the scalars nor the other ranks' sums; its error comes last.
+        A load that cannot be made, or not be summed, costs neither the scalars nor the other ranks' sums; its error
+        comes last.
         """
         load, failure = None, None
         try:
@@ -99,7 +100,10 @@ class LoadBatch:
         except Exception as error:
             failure = error
         if self.source.rank_sum is not None:
-            load = self._summed(load, self.source.rank_sum)
+            try:
+                load = self._summed(load, self.source.rank_sum)
+            except Exception as error:
+                load, failure = None, failure or error
         if load is not None:
             yield load
         values = {**self.scalars, **self._device_scalars()}

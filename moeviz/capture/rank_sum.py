@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_GONE = "a rank is gone, and with it its part of the loads that were not summed yet"
+
 
 class RankSum:
     """Adds arrays over the ranks of a process group."""
@@ -33,7 +35,7 @@ class RankSum:
             RuntimeError: a rank is gone, now or at an earlier call.
         """
         if self._broken is not None:
-            raise RuntimeError("loads are no longer summed over ranks") from self._broken
+            raise RuntimeError(_GONE) from self._broken
         counts = torch.from_numpy(np.append(integers.astype(np.int64).ravel(), np.int64(whole)))
         sums = torch.from_numpy(floats.astype(np.float32).ravel().copy())
         try:
@@ -41,7 +43,7 @@ class RankSum:
             self._dist.all_reduce(sums, group=self._group)
         except Exception as error:
             self._broken = error
-            raise
+            raise RuntimeError(_GONE) from error
         if int(counts[-1]) != self.ranks:
             return None
         return counts[:-1].numpy().reshape(integers.shape), sums.numpy().reshape(floats.shape)
