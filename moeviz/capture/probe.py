@@ -32,11 +32,12 @@ from moeviz.capture.sample_batch import SampleBatch
 from moeviz.capture.samples import StepSamples
 from moeviz.capture.sites import find_sites
 from moeviz.capture.stages import Share, share_of
+from moeviz.capture.step_checks import check_counts, no_router_seen
 from moeviz.capture.step_sums import RoutingPiece, StepSums
 from moeviz.capture.tap import Tap, When
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
-from moeviz.records import EventRecord, LayerInfo, LoadRecord, ModelInfo, Record, ScalarRecord, Sink
+from moeviz.records import EventRecord, LayerInfo, ModelInfo, Record, ScalarRecord, Sink
 
 
 def attach(
@@ -300,7 +301,9 @@ class Probe:
             self._explain_empty(sums)
         load = self._load_batch(number, sums, scalars, whole)
         if whole and not self._recorded:
-            self._check_first(load.load())
+            first = load.load()
+            assert first is not None
+            check_counts(self._expected, first, self._tap.experts_choose)
         self._hand_on(load)
         if whole and samples.sequences:
             self._hand_on(
@@ -346,11 +349,11 @@ class Probe:
             message = (
                 f"recording failed: {type(cause).__name__}: {cause}"
                 if cause
-                else _no_router_seen(self._expected, sums)
+                else no_router_seen(self._expected, sums)
             )
             raise ProbeError(message) from cause
         if cause is None:
-            message = _no_router_seen(self._expected, sums)
+            message = no_router_seen(self._expected, sums)
             if self.failures.say("empty step", f"{message}; training goes on, such steps have no loads"):
                 self.event("empty_step", message=message)
 
@@ -358,21 +361,6 @@ class Probe:
     def _expected(self) -> list[LayerInfo]:
         """Layers that are here."""
         return [layer for layer in self.info.layers if layer.layer in self._share.layers]
-
-    def _check_first(self, load: LoadRecord | None) -> None:
-        """Refuse at the first step what would be wrong at every step: each row of counts sums to tokens x K."""
-        assert load is not None
-        for layer, counts_E in zip(self.info.layers, load.counts_LE, strict=True):
-            if layer.layer not in self._share.layers:
-                continue
-            total, expected = int(counts_E.sum()), load.tokens * layer.top_k
-            if total != expected and not self._tap.experts_choose(layer.layer):
-                raise ProbeError(
-                    f"router {layer.name} assigned {total} slots, not {load.tokens} tokens x "
-                    f"top_k={layer.top_k} = {expected}: it ran more or less often than the model, or saw other "
-                    "tokens than input_ids and attention_mask say; watch the module that you call, or hand an "
-                    "adapter"
-                )
 
     def _hand_on(self, batch: LoadBatch | SampleBatch | ProbePass) -> None:
         if self._defer:
@@ -408,13 +396,3 @@ class Probe:
         )
         self.failures.say("give up", message)
         self.event("detached", message=message)
-
-
-def _no_router_seen(expected: Sequence[LayerInfo], sums: StepSums) -> str:
-    missing = [layer.name for layer in expected if layer.layer not in sums.layers_seen]
-    return (
-        f"the step saw {len(sums.layers_seen)} of {len(expected)} routers (missing: {', '.join(missing[:3])}"
-        f"{', ...' if len(missing) > 3 else ''}): call the watched model itself, in train mode with gradients on, "
-        "before step(); attach before torch.compile; after compiling the same class earlier in this process, call "
-        "torch._dynamo.reset() first"
-    )
