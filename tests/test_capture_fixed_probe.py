@@ -17,11 +17,13 @@ from model.router import routers
 from moeviz.capture.failures import ProbeError
 from moeviz.capture.fixed_probe import apart_from_training
 from moeviz.capture.probe import Probe, attach
+from moeviz.capture.probe_decisions import DECISION_VALUES, decision_values
 from moeviz.capture.probe_readings import drift, experts_alike, head_entropy, pair_cosines
 from moeviz.capture.reading import AttentionCall
+from moeviz.capture.reduce import Decisions
 from moeviz.errors import MoevizError
 from moeviz.inspection.probe_batch import ProbeBatch
-from moeviz.metrics import attention, change, similarity
+from moeviz.metrics import attention, change, decision, similarity
 from moeviz.probe_history import layer_decisions
 from moeviz.records import LoadRecord, ProbeRecord
 
@@ -138,6 +140,73 @@ def test_scores_that_move_drift_and_others_do_not() -> None:
     assert np.array_equal(same, np.zeros(2))
     assert moved[0] == 0
     assert moved[1] > 0.01, "only the layer whose router was turned round"
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "softmax_topk"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_decisions_are_measured_as_the_metrics_define(score: Any, padded: bool) -> None:
+    """Each layer alone in float64, with a bias in the units that rank; what padding holds counts for nothing."""
+    generator = torch.Generator().manual_seed(3)
+    logits, bias_LE = torch.randn(2, 11, 6, generator=generator), torch.randn(2, 6, generator=generator) / 9
+    scores_LTE = {"softmax": logits.softmax(-1), "sigmoid": logits.sigmoid(), "softmax_topk": logits}[score]
+    ranking_LTE = scores_LTE + bias_LE[:, None]
+    ids_LTK = ranking_LTE.topk(3, dim=-1).indices
+    weights_LTK = scores_LTE.gather(-1, ids_LTK)
+    weights_LTK = weights_LTK.softmax(-1) if score == "softmax_topk" else weights_LTK
+    valid_T = torch.arange(11) < 8 if padded else None
+    if padded:
+        logits[:, 8:], weights_LTK[:, 8:] = torch.inf, torch.nan
+    decisions = Decisions(tuple(logits), weights_LTK, ids_LTK, None, None, None)
+    probs_LTE = scores_LTE / scores_LTE.sum(-1, keepdim=True) if score == "sigmoid" else logits.softmax(-1)
+    found = dict(
+        zip(DECISION_VALUES, decision_values(decisions, score, probs_LTE, bias_LE, valid_T), strict=True)
+    )
+    tokens = 8 if padded else 11
+    for layer in range(2):
+        z_TE, p_TE, r_TE, w_TK = (
+            values[layer, :tokens].double().numpy()
+            for values in (logits, probs_LTE, ranking_LTE, weights_LTK)
+        )
+        expected = {
+            "margin12": decision.margin12(p_TE),
+            "margin12_logits": decision.margin12(z_TE),
+            "probe_margin": decision.margin_sel(r_TE, 3),
+            "gate_eff": decision.gate_eff(w_TK),
+            "gate_mass": decision.gate_mass(p_TE, 3),
+            "logit_rms": decision.logit_rms(z_TE),
+            "logit_max": decision.logit_max(z_TE),
+            "lse_mean": decision.lse_mean(z_TE),
+        }
+        assert {name: float(value[layer]) for name, value in found.items()} == pytest.approx(
+            expected, rel=2e-5
+        )
+
+
+def test_margins_of_what_is_not_ranked_are_unknown() -> None:
+    logits = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(1))
+    worst_LTK = (-logits).topk(1, dim=-1).indices
+    every_LTK = torch.arange(3).expand(1, 4, 3)
+    at = DECISION_VALUES.index("probe_margin")
+    for ids_LTK in (worst_LTK, every_LTK):
+        decisions = Decisions(tuple(logits), torch.ones(ids_LTK.shape), ids_LTK, None, None, None)
+        found_RL = decision_values(decisions, "softmax", logits.softmax(-1))
+        assert found_RL[:, 0].isnan().tolist() == [row == at for row in range(len(DECISION_VALUES))]
+    one = Decisions(
+        (torch.zeros(4, 1),), torch.ones(1, 4, 1), torch.zeros(1, 4, 1, dtype=torch.int64), None, None, None
+    )
+    unknown = {"margin12", "margin12_logits", "probe_margin"}
+    found_RL = decision_values(one, "softmax", torch.ones(1, 4, 1))
+    assert {DECISION_VALUES[row] for row in found_RL[:, 0].isnan().nonzero().flatten().tolist()} == unknown
+
+
+def test_a_pass_tells_how_decided_every_layer_is() -> None:
+    sink = Kept()
+    with attach(small_model(router=BIASED), sink, probe_batch={"input_ids_BS": token_ids()}) as probe:
+        probe.run_probe()
+    (record,) = sink.of(ProbeRecord)
+    for name in DECISION_VALUES:
+        assert np.isfinite(record.layer_values[name]).all(), name
+    assert (record.layer_values["probe_margin"] > 0).all()
 
 
 def test_quantities_of_tensors_are_those_of_arrays() -> None:

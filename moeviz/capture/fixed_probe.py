@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from moeviz.capture.failures import ProbeError
 from moeviz.capture.layer_groups import LayerGroup, group_layers
 from moeviz.capture.micro_batch import parameter_names, read_call
+from moeviz.capture.probe_decisions import DECISION_VALUES, decision_values
 from moeviz.capture.probe_readings import HeadWatch, RouterWatch, drift
 from moeviz.capture.reading import Reading
 from moeviz.capture.reduce import scores_of, stack
@@ -298,13 +299,15 @@ class FixedProbe:
     ) -> ProbePass:
         tensors: dict[str, Tensor] = {}
         drift_L = torch.full((len(watches),), float("nan"), device=device)
+        decided_RL = torch.full((len(DECISION_VALUES), len(watches)), float("nan"), device=device)
         for index, group in enumerate(self._groups):
             readings = [self._joined(watches[layer]) for layer in group.layers]
-            experts, weights, probs_LTE = self._decisions(group, readings)
+            experts, weights, probs_LTE, values_RL = self._decisions(group, readings)
             tensors[f"experts/{index}"], tensors[f"weights/{index}"] = experts, weights
             layers = torch.tensor(group.layers)
             drift_L[layers] = self._drift(index, probs_LTE).to(device)
-        values = {"probe_drift": drift_L}
+            decided_RL[:, layers] = values_RL.to(device)
+        values = {"probe_drift": drift_L, **dict(zip(DECISION_VALUES, decided_RL, strict=True))}
         names = {"router_cos": "cosine_mean", "router_cos_max": "cosine_max", "pes": "alike"}
         for name, attribute in names.items():
             each = [getattr(watch, attribute) for watch in watches]
@@ -340,23 +343,34 @@ class FixedProbe:
             torch.cat([reading.expert_ids_TK for reading in readings]),
         )
 
-    def _decisions(self, group: LayerGroup, readings: list[Reading]) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids int16, weights half) [L, N, S, K] by falling selection score, and scores [L, T, E]."""
+    def _decisions(self, group: LayerGroup, readings: list[Reading]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(ids int16, weights half) [L, N, S, K] by falling selection score, scores [L, T, E], `decision_values`."""
         decisions = stack(readings)
         if not group.checked:
             group.score, group.checked = score_of(decisions, group.score), True
         shape = self._inputs.token_ids_NS.shape
         rows_N = torch.arange(shape[0], device=decisions.logits_LTE.device)
-        rank_LTK = selection_scores(decisions, group.score, group.bias())
+        bias_LE = group.bias()
+        rank_LTK = selection_scores(decisions, group.score, bias_LE)
         experts, weights = cut_rows(decisions, rows_N, shape, rank_LTK)
-        return experts, weights.half(), scores_of(decisions.logits_LTE, group.score).probs_LTE
+        probs_LTE = scores_of(decisions.logits_LTE, group.score).probs_LTE
+        values_RL = decision_values(
+            decisions, group.score, probs_LTE, bias_LE, self._valid_T(probs_LTE.device)
+        )
+        return experts, weights.half(), probs_LTE, values_RL
+
+    def _valid_T(self, device: torch.device) -> Tensor | None:
+        """False at padding; None where there is none."""
+        if self._inputs.valid_NS.all():
+            return None
+        return torch.from_numpy(self._inputs.valid_NS.reshape(-1)).to(device)
 
     def _drift(self, group: int, probs_LTE: Tensor) -> Tensor:
         """How far the scores of valid tokens moved since the last pass, [L]; NaN at the first one."""
         if probs_LTE.numel() > _KEPT_SCORES:
             return probs_LTE.new_full((len(probs_LTE),), float("nan"))
-        if not self._inputs.valid_NS.all():
-            valid_T = torch.from_numpy(self._inputs.valid_NS.reshape(-1)).to(probs_LTE.device)
+        valid_T = self._valid_T(probs_LTE.device)
+        if valid_T is not None:
             probs_LTE = probs_LTE[:, valid_T]
         before_LTE = self._before.get(group)
         self._before[group] = probs_LTE.half()

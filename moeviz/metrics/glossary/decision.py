@@ -42,6 +42,7 @@ DECISIONS = (
         how_to_read="The gap that decides who is selected: small margins flip under quantisation or a "
         "small update.",
         live=True,
+        recorded="table metrics, at every probe: probe_margin",
     ),
     Metric(
         id="route_mi",
@@ -66,6 +67,7 @@ DECISIONS = (
         source="definition",
         how_to_read="How far the first choice leads.",
         analysis=("margin12", "margin12_logits"),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="gate_eff",
@@ -78,6 +80,7 @@ DECISIONS = (
         source="Hill number of order 2",
         how_to_read="Near 1: the other selected experts hardly contribute.",
         analysis=("gate_eff",),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="gate_mass",
@@ -90,6 +93,7 @@ DECISIONS = (
         source="OLMoE eq. 1 (not renormalised there)",
         how_to_read="What selection throws away is 1 minus this.",
         analysis=("gate_mass",),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="logit_rms",
@@ -102,6 +106,7 @@ DECISIONS = (
         source="definition",
         how_to_read="Growth without end is the sign of instability.",
         analysis=("logit_rms",),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="logit_max",
@@ -114,6 +119,7 @@ DECISIONS = (
         source="definition",
         how_to_read="In bfloat16 the rounding error is 0.06 at 16 and 0.5 at 128.",
         analysis=("logit_max",),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="lse_mean",
@@ -126,6 +132,7 @@ DECISIONS = (
         source="ST-MoE eq. 5, before the square",
         how_to_read="lse_rms with its sign: a z-loss pulls it to 0.",
         analysis=("lse_mean",),
+        recorded="table metrics, at every probe",
     ),
     Metric(
         id="router_norm",
