@@ -213,6 +213,22 @@ def test_a_full_disk_is_one_sentence_and_changes_nothing(
     assert read_checkpoint(kept).step == 2
 
 
+def test_a_disk_that_takes_a_part_of_a_file_is_one_sentence_too(
+    tmp_path: Path, engine: Engine, text: Text
+) -> None:
+    """A limit of the system for the size of a file, which torch reports in words of its own."""
+    resource = pytest.importorskip("resource", reason="this system has no such limits")
+    kept = save(tmp_path, 2, engine, text)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(SaveError, match=r"no checkpoint of step 4: .*cut short.*free space"):
+            save(tmp_path, 4, engine, text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path, engine: Engine, text: Text) -> None:
     path = save(tmp_path, 2, engine, text)
     (path / "model.safetensors").write_bytes(b"")

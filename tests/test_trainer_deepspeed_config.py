@@ -116,9 +116,11 @@ def test_monitors_of_the_file_are_told_of_every_step(tmp_path: Path, no_packing:
     engine = {"engine": "deepspeed", "zero_stage": 1, "deepspeed_config": path}
     config = toy(tmp_path / "run", engine=engine, balance={"balance": "none", "z_coef": 0.0})
     result = train(config)
-    columns = {}
+    columns, samples = {}, {}
     for name in ("train_loss", "lr"):
         file = tmp_path / "monitor" / "mine" / f"Train_Samples_{name}.csv"
-        columns[name] = [float(row[1]) for row in list(csv.reader(file.open()))[1:]]
+        rows = list(csv.reader(file.open()))[1:]
+        columns[name], samples[name] = [float(row[1]) for row in rows], [int(row[0]) for row in rows]
     assert columns["train_loss"] == pytest.approx(result.losses, rel=1e-6)
+    assert samples["train_loss"] == samples["lr"] == [4 * step for step in range(1, 7)], "sequences so far"
     assert max(columns["lr"]) == pytest.approx(config.optim.learning_rate)

@@ -127,7 +127,7 @@ def _on_every_rank(engine: Engine, part: Callable[[], object]) -> None:
             raise
         problem = error
     if engine.sum_ranks(torch.tensor(float(problem is not None), device=engine.device)):
-        raise SaveError(str(problem or "on another rank")) from problem
+        raise SaveError(_told(problem) if problem else "on another rank") from problem
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -241,7 +241,15 @@ def _random_states(engine: Engine) -> dict[str, Any]:
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
+_CUT_SHORT = ("PytorchStreamWriter failed", "unexpected pos")
+"""What torch says of a disk that takes a part of a file, without the system's error."""
+
+
 def _is_disk_trouble(error: Exception) -> bool:
     """torch and safetensors wrap the system's error in their own, with its text inside."""
     texts = ("No space left", "Disk quota", "File too large", "Read-only file system", "Permission denied")
-    return isinstance(error, OSError) or any(text in str(error) for text in texts)
+    return isinstance(error, OSError) or any(text in str(error) for text in (*texts, *_CUT_SHORT))
+
+
+def _told(error: Exception) -> str:
+    return "the file was cut short" if any(text in str(error) for text in _CUT_SHORT) else str(error)

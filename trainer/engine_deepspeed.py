@@ -90,7 +90,6 @@ class DeepSpeedEngine:
 
     def step(self, learning_rate: float) -> Update:
         set_learning_rate(self._optimizer, learning_rate)
-        self._tell_monitors()
         norm = float(self._plain_gradient_norm()) if self._stage == 0 and not self._fp16 else None
         if norm is not None and not math.isfinite(norm):
             self.discard()
@@ -101,6 +100,7 @@ class DeepSpeedEngine:
             )
         before = self._loss_scale
         self._engine.step()
+        self._tell_monitors()
         taken = not getattr(self._engine.optimizer, "overflow", False)
         told = float(self._engine.get_global_grad_norm() if norm is None else norm)
         return Update(told if taken else math.nan, taken, self._loss_scale < before)

@@ -69,7 +69,7 @@ def outcome_table(outcomes: Sequence[Outcome], title: str) -> Table:
     varied = _varied(outcomes)
     for name in varied or ["run"]:
         widest = max(len(outcome.values.get(name, "")) for outcome in outcomes)
-        table.add_column(name, overflow="fold", min_width=min(widest, 14))
+        table.add_column(name, overflow="fold", min_width=min(max(widest, len(name)), 14))
     all_done = all(outcome.state == "finished" for outcome in outcomes)
     for name in ("val. loss", "MaxVio", "tokens/s", "params", "active"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -85,7 +85,7 @@ def outcome_table(outcomes: Sequence[Outcome], title: str) -> Table:
             _standing(outcome),
         )
     table.caption = (
-        f"val. loss: nats per token. MaxVio: loads of the last {WINDOW} steps, or of a quarter of a shorter run. "
+        f"val. loss: nats per token. MaxVio: loads of the last {WINDOW} steps, or of the last quarter.\n"
         "tokens/s: beside the other runs."
     )
     table.caption_justify = "left"
