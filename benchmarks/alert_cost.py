@@ -1,6 +1,7 @@
 """What metrics and alerts of every step cost: processor time of one step in the thread that derives them.
 
     python benchmarks/alert_cost.py --out alert_cost.json
+    python benchmarks/alert_cost.py --layers 6 --experts 8 --top-k 2        a small model: what one step costs at least
 
 48 layers of 256 experts by default, everything recorded (scores, weights, bias, sums of decisions), in the states that
 differ in work: balanced routing, a third of the layers skewed with their alerts open, every layer in collapse, and
@@ -21,7 +22,7 @@ from bench_report import Bar, machine, publish
 from moeviz.derive import DeriveSink
 from moeviz.records import LayerInfo, LoadRecord, ModelInfo, Record
 
-TOP_K, TOKENS = 8, 8192
+TOKENS = 8192
 _SUMS = ("entropy_nats", "confidence", "margin", "lse_squared", "logit_squared")
 _DISTINCT = 64
 """Records drawn; longer runs repeat them."""
@@ -47,7 +48,7 @@ def widths(num_layers: int, num_experts: int, state: str) -> np.ndarray:
     return np.array([num_experts // (1 + (mixed and layer % 2)) for layer in range(num_layers)])
 
 
-def records(num_layers: int, num_experts: int, state: str) -> Iterator[LoadRecord]:
+def records(num_layers: int, num_experts: int, top_k: int, state: str) -> Iterator[LoadRecord]:
     """Records without end of a model in this state."""
     rng = np.random.default_rng(0)
     width_L = widths(num_layers, num_experts, state)
@@ -55,12 +56,12 @@ def records(num_layers: int, num_experts: int, state: str) -> Iterator[LoadRecor
     if state == "a third skewed":
         weight_LE[::3, : num_experts // 2] = 1e-4
     if state == "all collapsed":
-        weight_LE[:, TOP_K:] = 1e-5
+        weight_LE[:, top_k:] = 1e-5
     share_LE = weight_LE / weight_LE.sum(axis=1, keepdims=True)
     drawn = [
-        np.stack([rng.multinomial(TOKENS * TOP_K, share_E) for share_E in share_LE]) for _ in range(_DISTINCT)
+        np.stack([rng.multinomial(TOKENS * top_k, share_E) for share_E in share_LE]) for _ in range(_DISTINCT)
     ]
-    sums_LE = [counts_LE.astype(np.float32) / TOP_K for counts_LE in drawn]
+    sums_LE = [counts_LE.astype(np.float32) / top_k for counts_LE in drawn]
     bias_LE = (rng.normal(size=share_LE.shape) * 1e-2 * (weight_LE > 0)).astype(np.float32)
     token_sums = {name: rng.uniform(1, 2, num_layers) * TOKENS for name in _SUMS}
     step = 0
@@ -81,15 +82,21 @@ def records(num_layers: int, num_experts: int, state: str) -> Iterator[LoadRecor
 
 
 def measure(
-    num_layers: int, num_experts: int, state: str, steps: int, warm: int, clock: Callable[[], int]
+    num_layers: int,
+    num_experts: int,
+    top_k: int,
+    state: str,
+    steps: int,
+    warm: int,
+    clock: Callable[[], int],
 ) -> dict[str, Any]:
     """Processor time of a step in this state, milliseconds."""
     layers = tuple(
-        LayerInfo(layer=layer, name=str(layer), block=layer, num_experts=int(width), top_k=TOP_K)
+        LayerInfo(layer=layer, name=str(layer), block=layer, num_experts=int(width), top_k=top_k)
         for layer, width in enumerate(widths(num_layers, num_experts, state))
     )
     sink = DeriveSink(Nowhere(), ModelInfo(family="benchmark", layers=layers))
-    stream = records(num_layers, num_experts, state)
+    stream = records(num_layers, num_experts, top_k, state)
     for _ in range(warm):
         sink.write(next(stream))
     taken = []
@@ -119,6 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--steps", type=int, default=500, help="steps measured in each state")
     parser.add_argument(
         "--warm", type=int, default=400, help="steps before that; they arm rules and open alerts"
@@ -128,7 +136,13 @@ def main() -> None:
     before = machine()
     rows = [
         measure(
-            arguments.layers, arguments.experts, state, arguments.steps, arguments.warm, time.process_time_ns
+            arguments.layers,
+            arguments.experts,
+            arguments.top_k,
+            state,
+            arguments.steps,
+            arguments.warm,
+            time.process_time_ns,
         )
         for state in STATES
     ]
