@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from model.lm import MoELanguageModel
 from model.moe import SparseMoE
 
+COPY_NOISE = 0.1
+"""Usual noise on the router rows of second copies, relative to the rows: enough for tokens to tell them apart."""
+
 Sources = Sequence[Sequence[int]]
 """For each MoE layer the old expert that each new one is a copy of."""
 
@@ -81,7 +84,9 @@ def with_experts(
         for layer, chosen in zip(_moe_layers(grown).values(), sources, strict=True):
             copies = [e for e, source in enumerate(chosen) if source in chosen[:e]]
             weight_ED = layer.gate.weight
-            weight_ED[copies] += router_noise * weight_ED.std() * torch.randn_like(weight_ED[copies])
+            # From a seed of its own: every rank draws the same, and nothing else is drawn differently.
+            luck_CD = torch.randn(len(copies), weight_ED.shape[1], generator=torch.Generator().manual_seed(0))
+            weight_ED[copies] += router_noise * weight_ED.std() * luck_CD.to(weight_ED)
     return grown.train(model.training)
 
 

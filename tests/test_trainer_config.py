@@ -43,7 +43,7 @@ TRAINER_FLAGS = """
 --use-wandb --use-tensorboard --use-trackio --tracker-project --tracker-every
 --eval-every --eval-sequences --probe-every --probe-sequences --save-every --keep-checkpoints --keep-best
 --max-bad-steps --spike-rewind --spike-window --spike-sd --max-rewinds
---on-alert --respond-every --prune-experts --prune-window
+--on-alert --respond-every --prune-experts --grow-experts --prune-window
 --engine --zero-stage --deepspeed-config --num-ranks --expert-parallel --expert-gate --pipeline-stages --rank-timeout
 --dtype --auto-batch --gradient-checkpointing --compile
 --device --threads
@@ -124,6 +124,11 @@ def test_a_field_of_another_version_is_refused() -> None:
         (lambda: GuardConfig(max_bad_steps=-1), "max_bad_steps=-1 is negative"),
         (lambda: PruneConfig(prune_experts=("soon=4",)), "is no STEP=EXPERTS"),
         (lambda: TrainConfig(prune=PruneConfig(prune_experts=("5=8",))), "so nothing can leave"),
+        (
+            lambda: TrainConfig(prune=PruneConfig(grow_experts=("5=17",))),
+            "the 8 experts before and twice as many",
+        ),
+        (lambda: PruneConfig(prune_experts=("5=6",), grow_experts=("5=8",)), "both prunes and grows"),
         (lambda: TrainConfig(prune=PruneConfig(prune_experts=("5=1",))), "is not between top_k=2"),
         (lambda: GuardConfig(spike_window=1), "spike_window=1 is below 2"),
         (lambda: GuardConfig(spike_sd=0.0), "spike_sd=0.0 is not positive"),

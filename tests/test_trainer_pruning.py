@@ -144,3 +144,30 @@ def test_a_folder_in_the_way_is_told_and_kept(one_unused_expert: None, tmp_path:
     (tmp_path / "run").rename(tmp_path / "older")
     with pytest.raises(MoevizError, match=r"run-3-experts already holds a run, and step 3 prunes into it"):
         train(config_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("engine", [{"engine": "torch"}, {"engine": "deepspeed", "zero_stage": 2}], ids=str)
+def test_the_most_used_experts_are_doubled_and_training_goes_on(
+    engine: dict[str, Any], one_unused_expert: None, tmp_path: Path
+) -> None:
+    pytest.importorskip(engine["engine"], reason="DeepSpeed is not installed")
+    grow = {"prune": {"grow_experts": ("3=6",)}, "checkpoint": {"save_every": 3, "keep_checkpoints": 4}}
+    result = train(config_of(tmp_path / "run", (), engine=engine, log_routing=True, **grow))
+    assert (result.run.name, result.steps_done, len(result.losses)) == ("run-6-experts", 6, 6)
+    step, told = event_of(tmp_path / "run", "grown")
+    shares = told["share_of_assignments"]
+    for layer, copied in enumerate(told["copied"]):
+        others = [expert for expert in range(4) if expert not in copied]
+        assert (step, len(copied), told["removed"][layer]) == (3, 2, [])
+        assert min(shares[layer][e] for e in copied) >= max(shares[layer][e] for e in others)
+    before, after = (
+        load_file(run / "checkpoints/step-00000003/model.safetensors")
+        for run in (tmp_path / "run", result.run)
+    )
+    for name in ("mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"):
+        old, new = (weights[f"model.layers.0.{name}"] for weights in (before, after))
+        assert torch.equal(new[:4], old)
+        same = torch.equal(new[4:], old[told["copied"][0]])
+        assert same is ("gate.weight" not in name), "copies but for the router, where noise tells them apart"
+    with open_run(result.run) as store:
+        assert [layer.num_experts for layer in store.info.model.layers] == [6, 6]

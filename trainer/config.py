@@ -265,12 +265,18 @@ class TrainConfig:
     def _check_pruning(self) -> None:
         before = self.model.num_experts
         for step, experts in sorted(self.prune.plan.items()):
-            fits = self.model.top_k <= experts < before
-            require_rule(
-                fits,
-                f"prune_experts {step}={experts}",
-                f"is not between top_k={self.model.top_k} and the {before} experts before, so nothing can leave",
-            )
+            if self.prune.grows_at(step):
+                require_rule(
+                    before < experts <= 2 * before,
+                    f"grow_experts {step}={experts}",
+                    f"is not between the {before} experts before and twice as many; grow in several steps",
+                )
+            else:
+                require_rule(
+                    self.model.top_k <= experts < before,
+                    f"prune_experts {step}={experts}",
+                    f"is not between top_k={self.model.top_k} and the {before} experts before, so nothing can leave",
+                )
             before = experts
         engine = self.engine
         if self.prune.plan and engine.engine == "deepspeed" and engine.zero_stage == 3:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from model.lm import ModelOutput, MoELanguageModel
-from model.prune import Sources, carry_optimizer_state, with_experts
+from model.prune import COPY_NOISE, Sources, carry_optimizer_state, with_experts
 from moeviz.errors import MoevizError
 from trainer.checkpoint import with_tied
 from trainer.config import TrainConfig
@@ -176,7 +176,7 @@ class TorchEngine:
         """
         exact = MoELanguageModel(self.module.config)
         exact.load_state_dict(with_tied({**self.module.state_dict(), **self._masters.state()}, exact.config))
-        small = with_experts(exact, sources)
+        small = with_experts(exact, sources, router_noise=COPY_NOISE)
         weights = {name: weight.detach().clone() for name, weight in small.named_parameters()}
         freeze(small, config.freeze, config.train_only)
         engine = TorchEngine(small, config)

@@ -1,4 +1,5 @@
-"""What happens on a run's way besides its steps, as plain data without torch: bad steps, spikes, experts that leave."""
+"""What happens on a run's way besides its steps, as plain data without torch: bad steps, spikes, experts that leave or
+are doubled."""
 
 from __future__ import annotations
 
@@ -35,11 +36,15 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """Experts that leave while a run trains."""
+    """Experts that leave, or are doubled, while a run trains."""
 
     prune_experts: tuple[str, ...] = ()
     """STEP=EXPERTS ...: before this step keep so many experts of each layer, the most used ones. The run goes on in a
     folder of its own, RUN-EXPERTS-experts."""
+    grow_experts: tuple[str, ...] = ()
+    """STEP=EXPERTS ...: before this step copy the most used experts of each layer until there are so many, twice as
+    many at most. Router rows of the copies get a little noise; the loss rises for a moment. The run goes on in a folder
+    of its own, RUN-EXPERTS-experts."""
     prune_window: int = 200
     """Steps before it that their use is measured in."""
 
@@ -49,13 +54,23 @@ class PruneConfig:
 
     @property
     def plan(self) -> dict[int, int]:
-        """Experts that are kept, by step."""
+        """Experts that there are then, by step."""
+        fewer, more = (self._read(name) for name in ("prune_experts", "grow_experts"))
+        both = sorted(fewer.keys() & more.keys())
+        require_rule(not both, f"step {both[:1]}", "both prunes and grows; name another step for one of them")
+        return {**fewer, **more}
+
+    def grows_at(self, step: int) -> bool:
+        """Whether experts are doubled at this step, rather than left out."""
+        return step in self._read("grow_experts")
+
+    def _read(self, name: str) -> dict[int, int]:
         plan = {}
-        for text in self.prune_experts:
+        for text in getattr(self, name):
             step, _, experts = text.partition("=")
             readable = step.isdecimal() and experts.isdecimal() and int(step) > 0 and int(experts) > 0
             require_rule(
-                readable, f"prune_experts={text!r}", "is no STEP=EXPERTS; 1000=6 keeps six at step 1000"
+                readable, f"{name}={text!r}", "is no STEP=EXPERTS; 1000=6 means six experts from step 1000 on"
             )
             plan[int(step)] = int(experts)
         return plan

@@ -1,7 +1,8 @@
-"""Removing experts that a run hardly uses, while it trains.
+"""Removing experts that a run hardly uses, or doubling those that it uses most, while it trains.
 
-What remains keeps its weights and its optimizer state. A run's records are of one shape, so the smaller model goes on
-in a folder of its own, RUN-N-experts, with the steps counted on; both folders say what was removed and why.
+What remains, and what is a copy, keeps its weights and its optimizer state. A run's records are of one shape, so the
+other model goes on in a folder of its own, RUN-N-experts, with the steps counted on; both folders say what was removed
+or copied, and why.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from model.prune import Sources, least_used_removed
+from model.prune import Sources, least_used_removed, most_used_doubled
 from moeviz.errors import MoevizError
 from trainer.assembly import Assembly
 from trainer.checkpoint import save_checkpoint
@@ -28,7 +29,7 @@ from trainer.step import StepTaken
 
 @runtime_checkable
 class Prunable(Protocol):
-    """An engine that can go on with fewer experts."""
+    """An engine that can go on with fewer experts, or more."""
 
     def with_experts(self, sources: Sources, config: TrainConfig) -> Engine:
         """An engine whose experts are copies of these, with their optimizer state. Every rank must call it."""
@@ -44,35 +45,44 @@ def count_usage(parts: Assembly, step: int, taken: StepTaken) -> None:
 
 
 def prune_if_due(parts: Assembly, step: int, progress: Progress) -> None:
-    """Before step `step`: leave for a smaller model where the plan says so.
+    """Before step `step`: leave for a model of fewer experts, or more, where the plan says so.
 
     Raises:
         Restart: training goes on with it.
-        MoevizError: the smaller model is not possible, or its folder holds a run.
+        MoevizError: the other model is not possible, or its folder holds a run.
     """
     wanted = parts.config.prune.plan.get(step)
-    if wanted is None or parts.engine.module.config.num_experts <= wanted or not parts.standing.usage:
+    grows, present = parts.config.prune.grows_at(step), parts.engine.module.config.num_experts
+    done = wanted is not None and (present >= wanted if grows else present <= wanted)
+    if wanted is None or done or not parts.standing.usage:
         return
     usage_LE = torch.tensor(parts.standing.usage)
-    sources = least_used_removed(usage_LE, wanted)
+    sources = (most_used_doubled if grows else least_used_removed)(usage_LE, wanted)
     run = parts.run.with_name(f"{parts.run.name}-{wanted}-experts")
     if (run / CHECKPOINTS).exists():
-        raise MoevizError(f"{run} already holds a run, and step {step} prunes into it; move it away")
+        raise MoevizError(
+            f"{run} already holds a run, and step {step} {'grows' if grows else 'prunes'} into it; move it away"
+        )
     told = _told(sources, usage_LE)
     save(parts, step)
-    parts.recorder.event("pruned", step=step, goes_on_in=str(run), **told)
-    progress.note(f"step {step}: {wanted} of {usage_LE.shape[1]} experts are kept; the run goes on in {run}")
-    raise Restart(_small_checkpoint(parts, step, sources, run), _nothing, _event(parts, told), ends_run=True)
+    kind = "grown" if grows else "pruned"
+    parts.recorder.event(kind, step=step, goes_on_in=str(run), **told)
+    what = f"{present} experts become {wanted}" if grows else f"{wanted} of {present} experts are kept"
+    progress.note(f"step {step}: {what}; the run goes on in {run}")
+    event = {"kind": kind, "came_from": str(parts.run), **told}
+    raise Restart(_first_checkpoint(parts, step, sources, run), _nothing, event, ends_run=True)
 
 
-def _small_checkpoint(parts: Assembly, step: int, sources: Sources, run: Path) -> Path:
+def _first_checkpoint(parts: Assembly, step: int, sources: Sources, run: Path) -> Path:
     """The first checkpoint of the run that goes on."""
     assert isinstance(parts.engine, Prunable)
     config = replace(parts.config, run=run)
     try:
         engine = parts.engine.with_experts(sources, config)
     except ValueError as error:
-        raise MoevizError(f"experts cannot be pruned at step {step}: {error}") from error
+        raise MoevizError(
+            f"experts cannot be {'doubled' if parts.config.prune.grows_at(step) else 'pruned'} at step {step}: {error}"
+        ) from error
     standing = replace(parts.standing, usage=[], responded={}, best_loss=None, best_step=None)
     saved = save_checkpoint(
         run / CHECKPOINTS, step=step, config=config, engine=engine, text=parts.text, standing=standing
@@ -84,16 +94,13 @@ def _small_checkpoint(parts: Assembly, step: int, sources: Sources, run: Path) -
 def _told(sources: Sources, usage_LE: torch.Tensor) -> dict[str, object]:
     experts = range(usage_LE.shape[1])
     return {
-        "kept": [list(row) for row in sources],
+        "kept": [list(dict.fromkeys(row)) for row in sources],
+        "copied": [[expert for place, expert in enumerate(row) if expert in row[:place]] for row in sources],
         "removed": [[expert for expert in experts if expert not in row] for row in sources],
         "share_of_assignments": [
             [round(float(value), 5) for value in row] for row in usage_LE / usage_LE.sum(dim=1, keepdim=True)
         ],
     }
-
-
-def _event(parts: Assembly, told: dict[str, object]) -> dict[str, object]:
-    return {"kind": "pruned", "came_from": str(parts.run), **told}
 
 
 def _nothing(standing: Standing) -> None:

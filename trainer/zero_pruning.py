@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.lm import MoELanguageModel
-from model.prune import Sources, carry_optimizer_state, with_experts
+from model.prune import COPY_NOISE, Sources, carry_optimizer_state, with_experts
 from trainer.checkpoint import with_tied
 from trainer.frozen import freeze
 
@@ -132,7 +132,7 @@ def smaller_model(
     """
     exact = MoELanguageModel(module.config)
     exact.load_state_dict(with_tied({**module.state_dict(), **state.masters()}, module.config))
-    small = with_experts(exact, sources)
+    small = with_experts(exact, sources, router_noise=COPY_NOISE)
     freeze(small, *freezing)
     named = dict(exact.named_parameters()), dict(small.named_parameters())
     states = state.states()
