@@ -1,11 +1,12 @@
 """Whether every engine, on one rank and on two, trains the run of plain torch: losses, loads, and every decision.
 
-    python benchmarks/engines.py                            # fp32, 50 steps, plain torch and ZeRO 0 to 3
+    python benchmarks/engines.py                            # fp32, 50 steps: plain torch, pipelines, ZeRO 0 to 3
     python benchmarks/engines.py --steps 10 --cases "torch, 2 ranks" --out engines.json
 
 Each case is `moeviz train` in processes of its own, on the same steps of the same sequences: two ranks get half of
-each. Compared with plain torch on one rank: the largest difference of a step's loss, the rows of the load table that
-differ, and the share of decisions (token, layer, expert) that differ, over all steps.
+each, two stages of a pipeline half of the layers, and four ranks are two such pipelines. Compared with plain torch on
+one rank: the largest difference of a step's loss, the rows of the load table that differ, and the share of decisions
+(token, layer, expert) that differ, over all steps.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ REFERENCE = "torch, 1 rank"
 CASES = {
     REFERENCE: ("--engine", "torch", "--batch-size", "4"),
     "torch, 2 ranks": ("--engine", "torch", "--batch-size", "2", "--num-ranks", "2"),
+    "pipeline, 2 stages": (
+        *("--batch-size", "2", "--gradient-accumulation-steps", "2"),
+        *("--num-ranks", "2", "--pipeline-stages", "2"),
+    ),
+    "pipeline, 2 stages x 2": ("--batch-size", "2", "--num-ranks", "4", "--pipeline-stages", "2"),
     **{
         f"ZeRO {stage}, {ranks} rank{'s' if ranks > 1 else ''}": (
             *("--engine", "deepspeed", "--zero-stage", str(stage)),

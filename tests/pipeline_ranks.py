@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +36,8 @@ def trained_by(ranks: int, configs: Sequence[TrainConfig]) -> list[list[TrainRes
         for process in processes:
             process.join(20)
             process.kill()
+    failed = [f"rank {rank}: {each}" for rank, each in enumerate(told) if isinstance(each, str)]
+    assert not failed, "\n".join(failed)
     return [list(each) for each in zip(*told, strict=True)]
 
 
@@ -55,8 +59,23 @@ def _rank(rank: int, ranks: int, port: int, configs: list[TrainConfig], answer: 
     leave_ranks()
 
 
-def _answer(rank: int, read: Connection) -> list[TrainResult]:
+def _answer(rank: int, read: Connection) -> Any:
+    """Its results, or the text of its error."""
     assert read.poll(_SECONDS), f"rank {rank} did not answer"
-    found = read.recv()
-    assert not isinstance(found, str), f"rank {rank}: {found}"
-    return found
+    return read.recv()
+
+
+def children(parent: int) -> Iterator[int]:
+    """Processes that a process started and that still run."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
+                yield int(status.parent.name)
+        except OSError:  # it has ended meanwhile
+            continue
+
+
+def variable(process: int, name: str) -> str | None:
+    """A variable of a process's environment."""
+    words = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return dict(word.partition("=")[::2] for word in words if word).get(name)

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from pipeline_ranks import children, variable
 from trainer_runs import corpus_cache, no_packing
 
 from moeviz.commands.train import parse
@@ -118,7 +119,7 @@ def test_a_killed_rank_ends_the_run_with_its_name_its_log_and_a_checkpoint(
     deadline = time.monotonic() + 300
     while not list_checkpoints(run / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.05)
-    (victim,) = (child for child in _children(process.pid) if _variable(child, "RANK") == "1")
+    (victim,) = (child for child in children(process.pid) if variable(child, "RANK") == "1")
     os.kill(victim, signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
@@ -136,20 +137,6 @@ def test_a_killed_rank_ends_the_run_with_its_name_its_log_and_a_checkpoint(
         parse(["--resume", str(run / "checkpoints/step-00000002"), "--num-ranks", "1", "--max-steps", "6"])
     )
     assert resumed.losses == pytest.approx(told(one_rank)[0][2:], abs=1e-4)
-
-
-def _children(parent: int) -> Iterator[int]:
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
-                yield int(status.parent.name)
-        except OSError:  # it has ended meanwhile
-            continue
-
-
-def _variable(process: int, name: str) -> str | None:
-    words = Path(f"/proc/{process}/environ").read_text().split("\0")
-    return dict(word.partition("=")[::2] for word in words if word).get(name)
 
 
 RANK = """
