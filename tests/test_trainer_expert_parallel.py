@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,16 +19,21 @@ import pytest
 import torch
 from capture_models import Kept
 from torch import distributed as dist
+from trainer_runs import corpus_cache, no_packing
 
 from model.config import ModelConfig, RouterConfig
 from model.expert_config import ExpertConfig
 from model.lm import MoELanguageModel
 from moeviz.capture.probe import attach
 from moeviz.capture.sites import find_sites
+from moeviz.commands.train import parse
 from moeviz.errors import MoevizError
 from moeviz.policy import EVERYTHING
 from moeviz.records import LoadRecord
+from moeviz.store.queries_series import scalars
+from moeviz.store.reader import open_run
 from trainer.balance import training_loss
+from trainer.checkpoint import load_checkpoint, read_checkpoint
 from trainer.config import (
     BalanceConfig,
     EngineConfig,
@@ -39,6 +46,10 @@ from trainer.config import (
 from trainer.engine import Engine, build_engine
 from trainer.gradients import expert_grad_norms
 from trainer.launch_status import free_port
+from trainer.resume import on_ranks
+from trainer.train import train as run_training
+
+__all__ = ["corpus_cache", "no_packing"]
 
 pytest.importorskip("deepspeed", reason="sharing experts is DeepSpeed's")
 
@@ -233,10 +244,11 @@ def work(rank: int, port: int, folder: Path, answer: Connection) -> None:
 def worked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """Every case on four ranks, each rank with all experts (plain torch) and with its share of them; a read gate."""
     context, port, folder = (
-        multiprocessing.get_context("spawn"),
+        multiprocessing.get_context("forkserver"),
         free_port(),
         tmp_path_factory.mktemp("shares"),
     )
+    context.set_forkserver_preload(["deepspeed", "trainer.engine_deepspeed", "trainer.expert_gate", __name__])
     pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
     ranks = [
         context.Process(target=work, args=(rank, port, folder, pipes[rank][1]), daemon=True)
@@ -291,6 +303,85 @@ def test_shared_experts_train_as_whole_ones(trained: dict[str, dict[str, Told]],
 @pytest.mark.parametrize("name", list(CASES))
 def test_their_state_comes_back_to_the_bit(trained: dict[str, dict[str, Told]], name: str) -> None:
     assert trained[name]["deepspeed"].resumed
+
+
+FLAGS = [
+    "--preset",
+    "smoke",
+    "--dim",
+    "16",
+    "--vocab-size",
+    "280",
+    "--bytes-per-domain",
+    "12000",
+    "--dtype",
+    "fp32",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--log-routing",
+    "--save-every",
+    "2",
+    "--eval-every",
+    "3",
+    "--probe-every",
+    "2",
+    "--max-steps",
+    "6",
+]
+
+
+@pytest.mark.slow
+def test_a_command_shares_experts_and_keeps_whole_ones(tmp_path: Path, no_packing: None) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = run_training(parse([*FLAGS, "--batch-size", "4", "--run", str(one)]))
+    sharing = [
+        "--batch-size",
+        "2",
+        "--num-ranks",
+        "2",
+        "--engine",
+        "deepspeed",
+        "--zero-stage",
+        "2",
+        "--expert-parallel",
+        "2",
+    ]
+    command([*FLAGS, *sharing, "--run", str(two)])
+    expected, found = recorded(one), recorded(two)
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)
+    assert found["pes"] == pytest.approx(expected["pes"], abs=1e-4)
+    assert found["loads"] == expected["loads"]
+    checkpoint = two / "checkpoints/step-00000006"
+    found_there = read_checkpoint(checkpoint)
+    with pytest.raises(
+        MoevizError, match=r"is of 2 ranks with DeepSpeed's experts.*go on with --num-ranks 2"
+    ):
+        on_ranks(found_there, found_there.config, 4)
+    assert alone.checkpoint is not None
+    whole = load_checkpoint(alone.checkpoint).model.state_dict()
+    for name, value in load_checkpoint(checkpoint).model.state_dict().items():
+        torch.testing.assert_close(value, whole[name], atol=1e-3, rtol=0, msg=name)
+
+
+def command(words: list[str]) -> None:
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    words = [sys.executable, "-m", "moeviz.cli", "train", *words]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """Losses, similarity of experts, and loads of a run."""
+    with open_run(run) as store:
+        losses = {name: scalars(store, [name])["value"].tolist() for name in ("loss", "val_loss")}
+        similar = store.sql("SELECT value FROM metrics WHERE name = 'pes' ORDER BY step, layer")
+        loads = store.sql("SELECT step, layer, counts FROM expert_load ORDER BY step, layer")
+    rows = [(step, layer, *counts) for step, layer, counts in loads.itertuples(index=False)]
+    return {**losses, "pes": similar["value"].tolist(), "loads": rows}
 
 
 @pytest.mark.parametrize(
