@@ -13,6 +13,7 @@ from model.attention_core import AttentionCore
 from model.attention_kernels import build_core
 from model.config import ModelConfig
 from model.kv_layer import Held, LayerCache
+from model.linear import Linear
 from model.masks import visible_slots
 from model.norm import RMSNorm
 from model.rope import RopeTables, rotate
@@ -28,10 +29,10 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.rope_pairs = config.rope.rope_pairs
         biased = config.attention_bias != "none"
-        self.q_proj = nn.Linear(config.dim, q_dim, bias=biased)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=biased)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=biased)
-        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.attention_bias == "all")
+        self.q_proj = Linear(config.dim, q_dim, bias=biased)
+        self.k_proj = Linear(config.dim, kv_dim, bias=biased)
+        self.v_proj = Linear(config.dim, kv_dim, bias=biased)
+        self.o_proj = Linear(q_dim, config.dim, bias=config.attention_bias == "all")
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
             self.q_norm = RMSNorm(config.head_width if per_head else q_dim, config.norm_eps)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from model.config import ModelConfig
 from model.expert_config import ExpertConfig
 from model.grouped import grouped_mm
+from model.linear import row_times
 from model.precision import matmul_dtype
 
 
@@ -114,7 +115,7 @@ def activate(config: ExpertConfig, gate_up: Tensor) -> Tensor:
     """What an expert does between its two products, [N, 2F] -> [N, F]; [N, F] -> [N, F] without a gate."""
     if config.expert_activation == "gelu":
         return F.gelu(gate_up, approximate="tanh")
-    if config.expert_activation == "swiglu" and not torch.compiler.is_compiling():
+    if config.expert_activation == "swiglu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _SwiGLU.apply(gate_up)
     gate_NF, up_NF = gate_up.chunk(2, dim=-1)
     if config.expert_activation == "swiglu":
@@ -173,11 +174,11 @@ class GroupedExperts(nn.Module):
         """Expert by expert: for the one token of a decoding step, sorting would cost more than the products."""
         ids, dtype = expert_ids_1K[0].tolist(), matmul_dtype(x_1D)
         x_1D, into, out_of = x_1D.to(dtype), self.gate_up_proj, self.down_proj
-        gate_up = torch.cat([F.linear(x_1D, into[expert].to(dtype)) for expert in ids])
+        gate_up = torch.cat([row_times(x_1D, into[expert].to(dtype)) for expert in ids])
         if self.gate_up_proj_bias is not None:
             gate_up = gate_up + self.gate_up_proj_bias[ids].to(dtype)
         h_KF = activate(self.config, gate_up)
-        y_KD = torch.cat([F.linear(h_KF[k : k + 1], out_of[e].to(dtype)) for k, e in enumerate(ids)])
+        y_KD = torch.cat([row_times(h_KF[k : k + 1], out_of[e].to(dtype)) for k, e in enumerate(ids)])
         if self.down_proj_bias is not None:
             y_KD = y_KD + self.down_proj_bias[ids].to(dtype)
         return weights_1K.to(dtype) @ y_KD

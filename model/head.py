@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.linear import onednn_pays, rows_times
 from model.precision import matmul_dtype
 
 IGNORE = -100
 """Label of a position that counts for nothing."""
-_CHUNK_LOGITS_CPU = 1 << 20
-"""Logits of one chunk: 4 MB in float32, about a core's share of cache."""
+_CHUNK_LOGITS_CPU = 1 << 21
+"""Logits of one chunk: 8 MB in float32. Fewer rows make slower products, more leave the last cache."""
 _CHUNK_LOGITS_GPU = 1 << 25
 """128 MB in float32: enough rows to fill a GPU."""
 
@@ -109,18 +110,26 @@ def _fused_cross_entropy(
     grad_hidden_TD = torch.empty_like(hidden_TD) if needs_grad else hidden_TD.new_empty(0)
     grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_grad else hidden_TD.new_empty(0)
     correct_T = torch.empty_like(valid_T if not needs_grad else valid_T[:0])
+    buffer_TV = None
     with torch.autocast(hidden_TD.device.type, enabled=False):
         for rows in _chunks(hidden_TD, weight_VD):
-            logits_TV = hidden_TD[rows] @ weight_VD.t()
-            probs_TV, token_loss_T[rows] = _softmax_and_loss(logits_TV, targets_T[rows])
-            if needs_grad:
-                errors_TV = _logit_gradients(probs_TV, targets_T[rows], scale_T[rows]).to(hidden_TD.dtype)
-                torch.mm(errors_TV, weight_VD, out=grad_hidden_TD[rows])
-                _add_product(grad_weight_VD, errors_TV.t(), hidden_TD[rows])
+            logits_TV = _product(hidden_TD[rows], weight_VD)
+            own_T = logits_TV.gather(1, targets_T[rows][:, None]).squeeze(1)
+            largest_T = logits_TV.amax(dim=-1)
+            if not needs_grad:  # a maximum costs a fourteenth of what torch's argmax does on a CPU
+                correct_T[rows] = (own_T >= largest_T) & valid_T[rows]
+            if logits_TV.dtype == wide:
+                probs_TV = logits_TV
             else:
-                # A maximum costs a fourteenth of what torch's argmax does on a CPU.
-                own_T = logits_TV.gather(1, targets_T[rows][:, None]).squeeze(1)
-                correct_T[rows] = (own_T >= logits_TV.amax(dim=-1)) & valid_T[rows]
+                buffer_TV = torch.empty_like(logits_TV, dtype=wide) if buffer_TV is None else buffer_TV
+                probs_TV = buffer_TV[: len(logits_TV)].copy_(logits_TV)
+            # In place, here and below: fresh memory of this size costs as much as the exponentials.
+            torch.softmax(probs_TV, dim=-1, out=probs_TV)
+            token_loss_T[rows] = _losses(probs_TV, largest_T, own_T)
+            if needs_grad:
+                errors_TV = logits_TV.copy_(_logit_gradients(probs_TV, targets_T[rows], scale_T[rows]))
+                grad_hidden_TD[rows] = _product(errors_TV, weight_VD.t())
+                _add_product(grad_weight_VD, errors_TV.t(), hidden_TD[rows])
         ce = token_loss_T @ scale_T
     token_loss_T.masked_fill_(~valid_T, 0)
     return ce, token_loss_T, grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype), correct_T
@@ -133,23 +142,24 @@ def _chunks(hidden_TD: Tensor, weight_VD: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(hidden_TD), step)]
 
 
-def _softmax_and_loss(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and -log of the target's, with one exponential per logit.
+def _losses(probs_TV: Tensor, largest_T: Tensor, own_T: Tensor) -> Tensor:
+    """-log of the target's probability, without another exponential for each logit.
 
     The largest probability is exp(largest logit) / sum of exponentials, at least 1 / V: its logarithm never
     underflows and gives the normaliser, which a second pass of `log_softmax` or `exp` would cost as much
     again.
     """
-    wide = torch.promote_types(logits_TV.dtype, torch.float32)
-    probs_TV = logits_TV.softmax(dim=-1, dtype=wide)
-    normaliser_T = logits_TV.amax(dim=-1).to(wide) - probs_TV.amax(dim=-1).log()
-    return probs_TV, normaliser_T - logits_TV.gather(1, targets_T[:, None]).squeeze(1)
+    return largest_T.to(probs_TV.dtype) - probs_TV.amax(dim=-1).log() - own_T
 
 
 def _logit_gradients(probs_TV: Tensor, targets_T: Tensor, scale_T: Tensor) -> Tensor:
     """(softmax - one-hot) * scale, in place."""
     minus_one_T1 = torch.full_like(scale_T, -1)[:, None]
     return probs_TV.scatter_add_(1, targets_T[:, None], minus_one_T1).mul_(scale_T[:, None])
+
+
+def _product(rows: Tensor, weight_OI: Tensor) -> Tensor:
+    return rows_times(rows, weight_OI) if onednn_pays(rows, weight_OI) else rows @ weight_OI.t()
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -19,6 +19,7 @@ from model.attention_core import AttentionCore
 from model.attention_kernels import build_core
 from model.config import ModelConfig
 from model.kv_layer import Held, LayerCache
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.rope import RopeTables, rotate
 
@@ -45,15 +46,15 @@ class LatentHeadAttention(nn.Module):
         self.rope_pairs = config.rope.rope_pairs
         q_dim = heads * (self.nope + self.turned)
         if mla.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+            self.q_proj = Linear(config.dim, q_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(config.dim, mla.q_lora_rank, bias=biased)
+            self.q_a_proj = Linear(config.dim, mla.q_lora_rank, bias=biased)
             self.q_a_layernorm = RMSNorm(mla.q_lora_rank, _LATENT_EPS)
-            self.q_b_proj = nn.Linear(mla.q_lora_rank, q_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.dim, self.rank + self.turned, bias=biased)
+            self.q_b_proj = Linear(mla.q_lora_rank, q_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(config.dim, self.rank + self.turned, bias=biased)
         self.kv_a_layernorm = RMSNorm(self.rank, _LATENT_EPS)
-        self.kv_b_proj = nn.Linear(self.rank, heads * (self.nope + self.v_width), bias=False)
-        self.o_proj = nn.Linear(heads * self.v_width, config.dim, bias=config.attention_bias == "all")
+        self.kv_b_proj = Linear(self.rank, heads * (self.nope + self.v_width), bias=False)
+        self.o_proj = Linear(heads * self.v_width, config.dim, bias=config.attention_bias == "all")
         self.latents = Latents()
         self.sinks = nn.Parameter(torch.zeros(heads)) if config.reach.head_sinks else None
         self.core: AttentionCore = build_core(config, layer)

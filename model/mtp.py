@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.block import Block
 from model.config import ModelConfig
 from model.kv_cache import KVCache
+from model.linear import Linear
 from model.masks import Reach, visible_in_documents
 from model.norm import build_norm
 from model.recompute import run_block
@@ -47,7 +48,7 @@ class MTPModule(nn.Module):
         self.config = config
         self.enorm = build_norm(config)
         self.hnorm = build_norm(config)
-        self.eh_proj = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.eh_proj = Linear(2 * config.dim, config.dim, bias=False)
         dense = replace(config, first_dense_layers=config.num_layers, dense_layers=())
         self.block = Block(dense, config.num_layers - 1)
         self.norm = build_norm(config)

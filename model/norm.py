@@ -51,6 +51,12 @@ class _RMSNormCPU(torch.autograd.Function):
         return grad_x_TD.to(x.dtype).view_as(x), grad_weight_D.to(weight_D.dtype), None
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether a number may be read from `x` at no cost."""
+    plain = x.device.type == "cpu" and x.dtype == torch.float32
+    return plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
@@ -61,6 +67,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight_D = self.weight.to(x.dtype)
+        if x.numel() == len(weight_D) and _is_plain(x):  # a token: five small operations less
+            x_D = x.flatten()
+            return x * (weight_D * (float(x_D.dot(x_D)) / len(weight_D) + self.eps) ** -0.5)
         many = torch.is_grad_enabled() or x.numel() > _FEW
         if many and x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _RMSNormCPU.apply(x, weight_D, self.eps)

@@ -25,6 +25,8 @@ class RopeTables(NamedTuple):
 
     def last(self, length: int) -> RopeTables:
         """The tables of the last `length` positions."""
+        if length == self.cos_SD.shape[0]:
+            return self
         return RopeTables(self.cos_SD[-length:], self.sin_SD[-length:])
 
 
@@ -73,4 +75,4 @@ def rotate(x_BHSD: Tensor, rope: RopeTables, pairs: RopePairs = "halves") -> Ten
     if pairs == "neighbours":
         x_BHSD = torch.cat((x_BHSD[..., 0::2], x_BHSD[..., 1::2]), dim=-1)
     first, second = x_BHSD.chunk(2, dim=-1)
-    return x_BHSD * rope.cos_SD + torch.cat((-second, first), dim=-1) * rope.sin_SD
+    return torch.addcmul(x_BHSD * rope.cos_SD, torch.cat((-second, first), dim=-1), rope.sin_SD)
