@@ -5,6 +5,8 @@ processor time: a busy machine slows all alike. The best of ours stands against 
 
     python benchmarks/model.py --rounds 7 --out model.json
     python benchmarks/model.py --lanes decode cache --shapes 8x2      (a minute)
+    python benchmarks/model.py --lanes train --shapes 64x8 --dtypes bf16 --theirs grouped_mm --out model.json
+                                                                      (one race; those already in a file are left out)
     python benchmarks/model.py --device cuda --dtypes bf16            (tokens a second and model-FLOPs utilisation)
 """
 
@@ -217,8 +219,8 @@ def field_of(
     task: str, config: ModelConfig, dtype: str, folder: str, options: argparse.Namespace
 ) -> list[Contestant]:
     make = partial(Contestant, task=task, config=config, dtype=dtype, folder=folder, device=options.device)
-    implementations = ["eager", "grouped_mm"]
-    if task == "decode":
+    implementations = list(options.theirs or ("eager", "grouped_mm"))
+    if task == "decode" and not options.theirs:
         implementations.append("batched_mm")
     field = [make("ours", experts=None)]
     field += [make(f"transformers, {name}", experts=name) for name in implementations]
@@ -342,12 +344,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lanes", nargs="+", default=["train", "layer", "decode", "cache"])
     parser.add_argument("--shapes", nargs="+", default=["8x2", "32x8", "64x8"], help="experts x top-k")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    parser.add_argument(
+        "--theirs",
+        nargs="+",
+        choices=["eager", "grouped_mm", "batched_mm"],
+        help="transformers' implementations of the experts; without it eager and grouped_mm, decoding batched_mm too",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
     parser.add_argument(
         "--compile", action="store_true", help="compiled contestants too (a minute each to compile)"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="write JSON here, after every race")
+    parser.add_argument(
+        "--out", type=Path, help="JSON beside this name, one for each race; what is there is not run"
+    )
     return parser.parse_args()
 
 
@@ -355,28 +365,24 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     before = machine()
-    races: list[dict[str, Any]] = []
-    layers: list[dict[str, Any]] = []
-    bars: list[Bar] = []
     for name in options.shapes:
         config = shape(*(int(part) for part in name.split("x")))
         for dtype in options.dtypes:
-            for task in ("train", "decode"):
-                if task in options.lanes and (task == "train" or dtype == "fp32"):
-                    rows, found = compare(task, config, dtype, options)
-                    races, bars = races + rows, bars + found
-                    publish(f"{task} {name} {dtype}", rows, found, before, None)
-            if "layer" in options.lanes:
-                rows, found = layer(config, dtype, options.rounds)
-                layers, bars = layers + rows, bars + found
-                publish(f"experts of one layer {name} {dtype}", rows, found, before, None)
-    tables = [("races", races), ("one layer", layers)]
+            for lane in ("train", "decode", "layer"):
+                out = _file(options.out, f"{lane}-{name}-{dtype}")
+                if lane not in options.lanes or (out and out.exists()):
+                    continue
+                if lane == "layer":
+                    rows, bars = layer(config, dtype, options.rounds)
+                else:
+                    rows, bars = compare(lane, config, dtype, options)
+                publish(f"{lane} {name} {dtype}", rows, bars, before, out)
     if "cache" in options.lanes:
-        tables.append(("caches", caches()))
-    for title, rows in tables:
-        if rows:
-            out = options.out and options.out.with_stem(f"{options.out.stem}-{title.replace(' ', '-')}")
-            publish(title, rows, bars if title == "races" else (), before, out)
+        publish("caches", caches(), (), before, _file(options.out, "caches"))
+
+
+def _file(out: Path | None, race: str) -> Path | None:
+    return out and out.with_stem(f"{out.stem}-{race}")
 
 
 if __name__ == "__main__":
