@@ -11,6 +11,10 @@ more than plain attention (2,048 positions, 4 heads, one core, forward and backw
 164 ms plain, 29 ms in chunks of 64) and reads no token exactly: after 300 steps on source code a small model
 stood at 2.67 nats a byte, against 2.28 with plain attention and 2.24 in chunks of 16 or 32.
 
+Latents begin far enough apart that their scores differ (`starting_std`). At the 0.02 of all other weights they begin
+as copies, and their gradients keep them so: after 240 steps the weights of two latents had a cosine of 1.00, against
+0.26 to 0.33, and a validation loss 0.04 to 0.07 nats a token higher.
+
 Positions count from the start of a chunk: in it distances are exact, and latents, read without position,
 stand at its start. N counts chunks, M latents, W positions of a chunk.
 """
@@ -27,6 +31,19 @@ from model.config import ModelConfig
 from model.kv_latents import NOTHING_READ, LatentCache, LatentState
 from model.precision import at_least_float32
 from model.rope import RopeTables, rotate
+
+_START_SPREAD = 0.75
+"""Standard deviation of a latent's scores at the start: half and twice of it learned less, 3.773 and 3.781 nats a token
+against 3.738 (demo-slots in 2 layers of width 96, 240 steps)."""
+
+
+def starting_std(config: ModelConfig) -> float:
+    """Standard deviation of new latents: scores on keys of normalised input then spread by `_START_SPREAD`.
+
+    Two latents' weights on the past have then a cosine of exp(-0.75^2) = 0.57.
+    """
+    key_std = 1.0 if config.qk_norm != "none" else config.init_std * config.dim**0.5
+    return _START_SPREAD / key_std
 
 
 class LatentRead(nn.Module):

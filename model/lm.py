@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.contrastive import ContrastiveHead, info_nce
 from model.head import HeadOutput, LMHead
 from model.kv_cache import KVCache
+from model.latent_attention import starting_std
 from model.losses import balance_losses, expert_counts, sequence_balance_losses, z_losses
 from model.masks import Reach, document_numbers, visible_in_documents
 from model.mtp import MultiTokenPrediction
@@ -318,7 +319,7 @@ class MoELanguageModel(nn.Module):
         one.
 
         There are 2 * num_layers such writes, and their variances add up: GPT-2's factor 1 / sqrt(2 *
-        num_layers) keeps the stream's scale independent of depth. Norms start at 1, biases at 0.
+        num_layers) keeps the stream's scale independent of depth. Norms start at 1, biases at 0, latents apart.
         """
         std = self.config.init_std
         residual_std = std / (2 * self.config.num_layers) ** 0.5
@@ -327,6 +328,8 @@ class MoELanguageModel(nn.Module):
                 parameter.fill_(1.0)
             elif name.endswith("bias"):
                 parameter.zero_()
+            elif name.endswith("self_attn.latents"):
+                parameter.normal_(0.0, starting_std(self.config))
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj", "down_proj.weight"))
                 parameter.normal_(0.0, residual_std if writes else std)

@@ -191,3 +191,34 @@ def test_a_window_on_top_is_refused() -> None:
         _config(reach=ReachConfig(window=4))
     with pytest.raises(ValueError, match="num_latents=0 is below 1"):
         LatentConfig(num_latents=0)
+
+
+@pytest.mark.parametrize(
+    "values", [{"dim": 96}, {"dim": 48, "init_std": 0.05}, {"dim": 96, "qk_norm": "head"}]
+)
+def test_latents_begin_apart(values: dict[str, Any]) -> None:
+    """Scores spread by 0.75; were they normal, the cosine of two latents' weights were exp(-0.75^2) = 0.57."""
+    torch.manual_seed(0)
+    shape = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "attention": "latent",
+        "num_layers": 1,
+        "init_std": 0.02,
+        **values,
+    }
+    sizes = LatentConfig(num_latents=16, latent_chunk=64)
+    lm = MoELanguageModel(ModelConfig(vocab_size=300, **shape, latents=sizes, max_seq_len=1024))
+    read: Any = lm.model.layers[0].self_attn.read
+    seen: list[Tensor] = []
+    read.register_forward_hook(
+        lambda module, args, out: seen.append(
+            torch.einsum("gmd,bgcd->bgmc", *args[:2]) * module.softmax_scale
+        )
+    )
+    lm(torch.randint(300, (8, 1024)))
+    assert seen[0].detach().std().item() == pytest.approx(0.75, rel=0.2)
+    weights = torch.nn.functional.normalize(seen[0].softmax(-1), dim=-1)
+    cosines = weights @ weights.transpose(-1, -2)
+    apart = cosines[..., ~torch.eye(16, dtype=torch.bool)]
+    assert 0.4 < apart.mean().item() < 0.75
