@@ -104,7 +104,7 @@ class Episodes:
         record = self._open[rule_id, layer]
         self._looked[rule_id, layer] = self._records
         worse = abs(_worst(record, peak) - record.peak) > _CHANGE * abs(record.peak)
-        return worse or not set(experts) <= set(record.experts)
+        return worse or not set(record.experts).issuperset(experts)
 
     def update(self, finding: Finding, step: int) -> list[AlertRecord]:
         """Report an open episode again if there is news of it."""
