@@ -3,8 +3,8 @@
 Without balancing, with an auxiliary loss of 1e-3, with a selection bias in steps of 1e-3 (Wang et al. 2024,
 https://arxiv.org/abs/2408.15664, whose MaxVio this is); the wider study adds ten times the loss and a bias step of 0.1.
 A byte-level model of 383k parameters reads four domains, one to a sequence, all alike often. The expected bands were
-set on seeds 0 to 2 of a prototype before these runs. They are about this model, AdamW with its defaults and a rate that
-falls to zero: with gated experts of the same width (half as many weights again), or with beta2 0.95 and a last rate of a
+set on seeds 0 to 2 of a prototype before these runs. They are about this model, AdamW's defaults and a rate that falls
+to zero: with gated experts of the same width (half as many weights again), or with beta2 0.95 and a last rate of a
 tenth, an auxiliary loss of 1e-3 balances less.
 """
 
