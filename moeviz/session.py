@@ -24,6 +24,7 @@ from moeviz.bridges import Tracking, bridged, check_trackers
 from moeviz.capture.probe import Probe, attach
 from moeviz.capture.reading import Adapter
 from moeviz.capture.sites import find_sites
+from moeviz.capture.stages import share_of
 from moeviz.capture.tap import When
 from moeviz.derive import DeriveSink
 from moeviz.errors import MoevizError
@@ -115,8 +116,10 @@ def watch(
     policy = policy or SamplingPolicy()
     if (run is None) == (sink is None):
         raise MoevizError("watch needs either a run folder or a sink; call watch(model, 'runs/NAME')")
-    found = find_sites(model, adapters).info
+    sites = find_sites(model, adapters)
+    found = sites.info
     ranks = Ranks.of_process(rank, across_ranks)
+    share = share_of(sites.root, sites.routers, ranks.group)
     first_step = resume_from or 0
     options: dict[str, Any] = {
         "policy": policy,
@@ -126,6 +129,7 @@ def watch(
         "when": when,
         "adapters": adapters,
         "process_group": ranks.group,
+        "share": share,
         "probe_batch": probe_batch,
         "probe_every": probe_every,
     }
@@ -148,9 +152,10 @@ def watch(
         options["spent_bytes"] = sampled_bytes(path, ranks.rank)
     ranks.first_then_all(lambda: _open(path, description, resume_from, token_texts(tokenizer, vocab)))
     inner: Sink = SegmentWriter(path, ranks.rank, flush_seconds=math.inf)  # the queue says when
-    if ranks.rank == 0 or ranks.group is None:
+    first = ranks.rank == 0 or ranks.group is None
+    if first or share.replica == 0:  # what later stages alone see has alerts too
         inner = deriving(
-            bridged(inner, path, tracking, resume_from),
+            bridged(inner, path, tracking, resume_from) if first else inner,
             path,
             description.model,
             resume_from=resume_from,

@@ -350,7 +350,7 @@ class TrainConfig:
         )
         if self.prune.plan:
             raise MoevizError(
-                f"{told} with prune_experts: no rank has all experts; use --pipeline-stages 1 for it"
+                f"{told} with prune_experts or grow_experts: no rank has all experts; use --pipeline-stages 1"
             )
         if "reinit_router" in {response.action for response in self.response.responses}:
             raise MoevizError(

@@ -22,7 +22,7 @@ from trainer.config import TrainConfig
 from trainer.engine import Pass, choose_device
 from trainer.engine_torch import STATE_FILE, TorchEngine
 from trainer.optim import parameter_groups
-from trainer.pipeline_layout import Layout, is_here, keep_stage, shares_embedding, stages_of
+from trainer.pipeline_layout import Layout, check_stages, is_here, keep_stage, shares_embedding, stages_of
 from trainer.pipeline_schedule import Schedule, hand_on, receive
 from trainer.pipeline_state import (
     Names,
@@ -50,6 +50,7 @@ class PipelineEngine(TorchEngine):
         Layout.of(0, ranks, config.engine.pipeline_stages)
         join_ranks(config.engine.rank_timeout)
         self.layout = Layout.of(dist.get_rank(), ranks, config.engine.pipeline_stages)
+        check_stages(model, self.layout.num_stages)
         self._groups = _Groups(self.layout, shares_embedding(model.config), config.engine.rank_timeout)
         keep_stage(model, self.layout, choose_device(config.engine.device, local_rank()))
         super().__init__(model, config)

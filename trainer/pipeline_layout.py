@@ -101,6 +101,22 @@ def stages_of(name: str, config: ModelConfig, stages: int) -> tuple[int, ...]:
     return (0,) if name.startswith(_PLACES) else (stages - 1,)
 
 
+def check_stages(model: MoELanguageModel, stages: int) -> None:
+    """
+    Raises:
+        MoevizError: more stages than blocks, or a stage of which nothing is trained.
+    """
+    spans(model.config.num_layers, stages)
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    busy = {stage for name in trained for stage in stages_of(name, model.config, stages)}
+    idle = sorted(set(range(stages)) - busy)
+    if idle:
+        raise MoevizError(
+            f"pipeline_stages={stages} leaves stage {idle[0]} nothing to train, for all its weights are frozen; use "
+            "fewer stages, or freeze less"
+        )
+
+
 def keep_stage(model: MoELanguageModel, layout: Layout, device: torch.device) -> None:
     """Make `model` one stage of itself, in place: its blocks and what belongs to them on `device`, the rest on `meta`.
 

@@ -55,6 +55,7 @@ def attach(
     probe_batch: Any = None,
     probe_every: int = 0,
     spent_bytes: float = 0.0,
+    share: Share | None = None,
 ) -> Probe:
     """Watch a model, before it is compiled.
 
@@ -71,6 +72,7 @@ def attach(
         process_group: sum loads over its ranks (a gloo group that nobody else uses); rank 0 writes them.
         probe_batch: fixed tokens that are run again and again, see `fixed_probe.probe_inputs`; on every rank.
         probe_every: run them at the end of every n-th step; 0: only when `Probe.run_probe` is called.
+        share: what of the model is here; None: found out, which every process of the group must do.
         spent_bytes: samples of the run that are on disk already, for the policy's `max_run_megabytes`.
 
     Raises:
@@ -85,7 +87,7 @@ def attach(
         )
     if probe_every < 0:
         raise MoevizError(f"probe_every={probe_every} is negative; give 0 for never, or a positive number")
-    share = share_of(sites.root, sites.routers, process_group)
+    share = share or share_of(sites.root, sites.routers, process_group)
     probe = Probe(info or sites.info, sink, rank, first_step, defer, process_group, share)
     if probe_batch is not None:
         inputs = probe_inputs(probe_batch, sites.root)

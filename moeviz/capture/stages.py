@@ -18,7 +18,8 @@ from torch import nn
 
 from moeviz.capture.reading import RouterSite
 
-_PATIENCE = timedelta(seconds=60)
+_PATIENCE = timedelta(minutes=10)
+"""How long a process waits for another one that is alive."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
