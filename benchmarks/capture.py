@@ -36,11 +36,11 @@ from bench_report import Bar, machine, publish, save
 import moeviz
 from model.config import ModelConfig
 from model.lm import MoELanguageModel
-from model.presets import PRESETS
 from moeviz.capture.probe import Probe
 from moeviz.policy import EVERYTHING, SamplingPolicy
 from trainer.config import EngineConfig, InputConfig, TrainConfig
 from trainer.engine import Engine, build_engine
+from trainer.presets import demo
 
 POLICIES: dict[str, SamplingPolicy | None] = {
     "none": None,
@@ -52,14 +52,36 @@ STEP_BARS = {"default": 1.01, "everything": 1.05}
 _TITLE = "capture: what recording costs a training step"
 
 
-def deep() -> ModelConfig:
-    """24 layers of 64 experts, top-8, as narrow as it goes: recording is a larger share than in any real model."""
+def deep(dim: int, expert_dim: int) -> ModelConfig:
+    """24 layers of 64 experts, top-8."""
     return ModelConfig(
-        vocab_size=4096, dim=64, num_layers=24, num_heads=4, num_experts=64, top_k=8, expert_dim=16
+        vocab_size=4096,
+        dim=dim,
+        num_layers=24,
+        num_heads=dim // 16,
+        num_experts=64,
+        top_k=8,
+        expert_dim=expert_dim,
     )
 
 
-MODELS: dict[str, Callable[[], ModelConfig]] = {"demo": PRESETS["demo"], "24x64": deep}
+@dataclass(frozen=True)
+class Model:
+    """What is trained, and on how much a step."""
+
+    config: Callable[[], ModelConfig]
+    batch: int
+    length: int
+
+
+DEMO = demo()
+MODELS = {
+    "demo": Model(lambda: DEMO.model, DEMO.data.batch_size, DEMO.data.seq_len),
+    "24x64": Model(lambda: deep(128, 64), 8, 128),
+    "24x64-narrow": Model(lambda: deep(64, 16), 8, 128),
+}
+"""The demo in its own batch; a deep model, still small for its shape; and one as narrow as it goes, of which
+recording is a larger share than of anything that is trained for its own sake."""
 
 
 @dataclass(eq=False)
@@ -135,9 +157,14 @@ class Case:
     engine: str
 
     def config(self, options: argparse.Namespace) -> TrainConfig:
+        model = MODELS[self.model]
         return TrainConfig(
-            model=MODELS[self.model](),
-            data=InputConfig(seq_len=options.length, batch_size=options.batch, gradient_accumulation_steps=1),
+            model=model.config(),
+            data=InputConfig(
+                seq_len=options.length or model.length,
+                batch_size=options.batch or model.batch,
+                gradient_accumulation_steps=1,
+            ),
             engine=EngineConfig(engine=self.engine, dtype=self.dtype, device="cpu"),  # type: ignore[arg-type]
         )
 
@@ -145,7 +172,7 @@ class Case:
 def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator[list[dict[str, Any]]]:
     """A row of numbers for each mode, anew after each round until `seconds` are over."""
     config, deadline = case.config(options), time.monotonic() + seconds
-    shape, order = (options.batch, options.length), random.Random(0)
+    shape, order = (config.data.batch_size, config.data.seq_len), random.Random(0)
     generator = torch.Generator().manual_seed(1)
     with tempfile.TemporaryDirectory() as folder, _lanes(config, Path(folder)) as lanes:
 
@@ -221,14 +248,14 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--models", nargs="+", choices=MODELS, default=["demo", "24x64"])
     add("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     add("--engines", nargs="+", choices=("torch", "deepspeed"), default=["torch", "deepspeed"])
     add("--minutes", type=float, default=5.0, help="time for all cases together (default 5)")
     add("--rounds", type=int, default=1, help="rounds of a case at least, also beyond its time (default 1)")
     add("--turn-seconds", type=float, default=1.5, help="length of a turn (default 1.5: over a flush)")
-    add("--batch", type=int, default=8, help="sequences a step (default 8)")
-    add("--length", type=int, default=128, help="tokens a sequence (default 128)")
+    add("--batch", type=int, help="sequences a step (default: the demo's own 16, else 8)")
+    add("--length", type=int, help="tokens a sequence (default 128)")
     add("--threads", type=int, help="of torch (default: its own choice)")
     add("--out", type=Path, help="write the numbers here as JSON, anew after each round")
     return parser.parse_args()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import time
@@ -126,7 +127,7 @@ def write_for(told: Connection, path: Path, rank: int, seconds: float, pause: fl
     The clock of this process is `ahead` seconds ahead.
     """
     set_clock(ahead)
-    sink = BackgroundSink(SegmentWriter(path, rank, sidecar=False), flush_seconds=0.5)
+    sink = BackgroundSink(SegmentWriter(path, rank, flush_seconds=math.inf, sidecar=False))  # as `watch` does
     step, end = -1, time.monotonic() + seconds
     while time.monotonic() < end:
         step += 1

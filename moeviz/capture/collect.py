@@ -31,23 +31,25 @@ class Collector:
     def __init__(self, groups: Sequence[LayerGroup]) -> None:
         self.groups = groups
         self.backlog = Backlog(groups)
-        self._biased = [index for index, group in enumerate(groups) if group.has_bias]
+        self.biased = [index for index, group in enumerate(groups) if group.has_bias]
         self.step = StepSums()
+        self._next: StepSums | None = None
+        """Made in a forward, so that the end of the step finds it."""
         self._workspace = Workspace()
 
     def take(self) -> StepSums:
         """The sums of the step, and a fresh start."""
-        done, self.step = self.step, StepSums()
+        done, self.step, self._next = self.step, self._next or StepSums(), None
         return done
 
     def biases(self) -> dict[int, Tensor]:
         """Selection biases of the groups that have one, as they are now."""
-        return {
-            index: bias_LE for index in self._biased if (bias_LE := self.groups[index].bias()) is not None
-        }
+        return {index: bias_LE for index in self.biased if (bias_LE := self.groups[index].bias()) is not None}
 
     def count_tokens(self, micro_batch: MicroBatch) -> None:
         """Add the tokens of a micro-batch, without asking the device how many are padding."""
+        if self._next is None:
+            self._next = StepSums()
         if micro_batch.valid_BS is None:
             self.step.tokens += micro_batch.num_tokens
         else:

@@ -37,7 +37,7 @@ class LoadSource:
     rank_sum: RankSum | None = None
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
+@dataclass(eq=False, slots=True)
 class LoadBatch:
     """The sums and scalars of one step."""
 
@@ -232,10 +232,14 @@ def split_scalars(scalars: Mapping[str, float | Tensor]) -> tuple[dict[str, floa
     on_host: dict[str, float] = {}
     on_device: dict[str, Tensor] = {}
     for name, value in scalars.items():
-        if not isinstance(value, Tensor):
+        if type(value) is float:
+            on_host[name] = value
+        elif not isinstance(value, Tensor):
             on_host[name] = float(value)
         elif not value.is_cpu:
             on_device[name] = value.detach().float().mean()
+        elif value.numel() == 1:
+            on_host[name] = value.item()
         else:
-            on_host[name] = value.item() if value.numel() == 1 else value.detach().float().mean().item()
+            on_host[name] = value.detach().float().mean().item()
     return on_host, on_device

@@ -39,7 +39,7 @@ class Pile:
     """Stands for the memory that the readings hold, which counts as free again when it goes."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class StepSums:
     """What the routers of one step did so far."""
 
