@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-TASK_NAMES = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa")
+TASK_NAMES = ("hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa", "copa")
 MAX_SEQ_LEN = 512
 """Shorter than some questions, in bytes: what is too long is cut alike. The harness refuses longer answers."""
 
@@ -80,6 +80,11 @@ def published(task: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if task == "piqa":
         goal = row["query"].removeprefix("Question: ").rstrip()
         return {"goal": goal, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["gold"]}
+    if task == "copa":
+        event, _, connector = row["query"].rpartition(" ")
+        kind = {"because": "cause", "therefore": "effect"}[connector]
+        two = {"choice1": row["choices"][0], "choice2": row["choices"][1]}
+        return {"premise": f"{event.rstrip(',')}.", "question": kind, **two, "label": row["gold"]}
     choices = {"text": row["choices"], "label": letters[: len(row["choices"])]}
     key = "question_stem" if task == "openbookqa" else "question"
     question = row["query"].removeprefix("Question: ")
@@ -121,7 +126,7 @@ def _official(task: str, file: Path) -> dict[str, Any]:
     import lm_eval
 
     folder = Path(lm_eval.__file__).parent / "tasks"
-    names = {"arc_easy": "arc", "arc_challenge": "arc"}
+    names = {"arc_easy": "arc", "arc_challenge": "arc", "copa": "super_glue/copa"}
     for path in sorted((folder / names.get(task, task)).glob("*.yaml")):
         config = _yaml(path)
         if "include" in config:

@@ -87,8 +87,10 @@ def test_prompts_by_the_book() -> None:
         "label": 0,
     }
     assert TASKS["copa"].read(row) == Question(
-        ("It rained therefore",) * 2, (" he got wet.", " he sang."), 0, (11, 8)
+        ("It rained therefore",) * 2, ("  he got wet.", "  he sang."), 0, (12, 9)
     )
+    short = {"query": "It rained, therefore", "choices": ["he got wet.", "he sang."], "gold": 0}
+    assert TASKS["copa"].read(short) == TASKS["copa"].read(row)
 
 
 def test_likelihoods_are_sums_of_log_softmax_alone_or_in_a_batch(opened: TextModel) -> None:

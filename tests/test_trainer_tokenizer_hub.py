@@ -33,6 +33,16 @@ def byte_level(end: str = "<|endoftext|>") -> Tokenizer:
     return tokenizer
 
 
+def starcoder2() -> Tokenizer:
+    """StarCoder2's kind: digits one by one, GPT-2's words, and marks for files and repositories besides the end."""
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.add_special_tokens(["<fim_prefix>", "<repo_name>", "<file_sep>"])
+    return tokenizer
+
+
 def sentence_piece() -> Tokenizer:
     """Llama's kind: spaces as \u2581, bytes as <0x0A> where there is no character."""
     alphabet = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcdefgh"]
@@ -66,7 +76,7 @@ def saved(tokenizer: Tokenizer, folder: Path) -> HubTokenizer:
     return loaded
 
 
-@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+@pytest.mark.parametrize("make", [byte_level, starcoder2, sentence_piece])
 def test_text_comes_back_and_its_length_is_the_sum_of_its_tokens(make, tmp_path: Path) -> None:
     tokenizer = saved(make(), tmp_path / "mine")
     ids = tokenizer.encode(TEXT)
@@ -79,7 +89,7 @@ def test_text_comes_back_and_its_length_is_the_sum_of_its_tokens(make, tmp_path:
     assert tokenizer.name == "mine"
 
 
-@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+@pytest.mark.parametrize("make", [byte_level, starcoder2, sentence_piece])
 def test_what_is_saved_with_a_run_is_the_same_tokenizer(make, tmp_path: Path) -> None:
     tokenizer = saved(make(), tmp_path / "mine")
     tokenizer.save(tmp_path / "kept.json")

@@ -113,13 +113,15 @@ def _winogrande(row: Row) -> Question:
 
 
 def _copa(row: Row) -> Question:
-    """Roemmele et al. 2011, part of SuperGLUE. One space before a choice, where the harness has two."""
+    """Roemmele et al. 2011, part of SuperGLUE. Two spaces before a choice, as the harness has it."""
     if "gold" in row:
-        return _choices(row["query"], tuple(row["choices"]), row["gold"])
-    connector = {"cause": "because", "effect": "therefore"}[row["question"]]
-    choices = (row["choice1"], row["choice2"])
-    lowered = tuple(choice[0].lower() + choice[1:] for choice in choices)
-    return _choices(f"{row['premise'].strip()[:-1]} {connector}", lowered, int(row["label"]))
+        event, _, connector = row["query"].strip().rpartition(" ")
+        query, choices, gold = f"{event.rstrip(',')} {connector}", tuple(row["choices"]), row["gold"]
+    else:
+        connector = {"cause": "because", "effect": "therefore"}[row["question"]]
+        query, gold = f"{row['premise'].strip()[:-1]} {connector}", int(row["label"])
+        choices = (row["choice1"], row["choice2"])
+    return _choices(query, tuple(f" {choice[0].lower()}{choice[1:]}" for choice in choices), gold)
 
 
 _TASKS = (
