@@ -4,9 +4,9 @@
     python benchmarks/engines.py --steps 10 --cases "torch, 2 ranks" --out engines.json
 
 Each case is `moeviz train` in processes of its own, on the same steps of the same sequences: two ranks get half of
-each, two stages of a pipeline half of the layers, and four ranks are two such pipelines. Compared with plain torch on
-one rank: the largest difference of a step's loss, the rows of the load table that differ, and the share of decisions
-(token, layer, expert) that differ, over all steps.
+each, two stages of a pipeline half of the layers, four ranks are two such pipelines, and two ranks that share experts
+have half of those of each layer. Compared with plain torch on one rank: the largest difference of a step's loss, the
+rows of the load table that differ, and the share of decisions (token, layer, expert) that differ, over all steps.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ CASES = {
         )
         for stage in range(4)
         for ranks in (1, 2)
+    },
+    **{
+        f"ZeRO {stage}, 2 ranks, shared experts": (
+            *("--engine", "deepspeed", "--zero-stage", str(stage), "--expert-parallel", "2"),
+            *("--batch-size", "2", "--num-ranks", "2"),
+        )
+        for stage in range(3)
     },
 }
 _RUN = (
