@@ -162,7 +162,8 @@ class BackgroundSink:
             if not self._closed and (self._thread.is_alive() or self._queue):
                 waiting = len(self._queue)
                 self._lost += waiting
-                self._say("close", f"writing did not finish within {timeout:g} s; {waiting} items are lost")
+                lost = f"{waiting} items are lost" if waiting else "the last seconds may not be on the disk"
+                self._say("close", f"writing did not finish within {timeout:g} s; {lost}")
             self._closed = True
         return self.stats
 
