@@ -17,7 +17,7 @@ from trainer.launch_status import free_port
 from trainer.process_group import leave_ranks
 from trainer.train import TrainResult, train
 
-_SECONDS = 400.0
+_SECONDS = 900.0
 
 
 def trained_by(ranks: int, configs: Sequence[TrainConfig]) -> list[list[TrainResult]]:

@@ -81,6 +81,7 @@ def frames(run: Path) -> dict[str, pd.DataFrame]:
                 "sequences": "SELECT * FROM sequences ORDER BY step, rank, seq",
                 "maps": "SELECT * FROM attention ORDER BY step, layer, head, rank, seq",
                 "layers": "SELECT layer, count(*) AS rows FROM routing GROUP BY layer ORDER BY layer",
+                "latents": "SELECT * FROM latents ORDER BY step, layer, name, head, rank",
                 "probe": "SELECT * FROM probe_routing ORDER BY step, layer, seq",
                 "metrics": "SELECT * FROM metrics ORDER BY step, name, layer NULLS FIRST",
                 "scalars": "SELECT * EXCLUDE (ts) FROM scalars WHERE name IN ('loss', 'lr', 'grad_norm', 'val_loss') "
@@ -96,7 +97,11 @@ RECORDED = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "plain": RECORDED,
-    "experts in the last stage only": {**RECORDED, "model": {**LAYERS, "dense_layers": (0, 1, 2)}},
+    "experts in the last stage only": {
+        **RECORDED,
+        "model": {**LAYERS, "dense_layers": (0, 1, 2), "attention": "mla"},
+        "sampling": {"route_every": 2, "attention_every": 2, "latent_every": 2, "latent_layers": "all"},
+    },
     "half precision": {
         "engine": {"dtype": "bf16", "gradient_checkpointing": True},
         "data": {"batch_size": 4, "gradient_accumulation_steps": 1},
@@ -172,6 +177,13 @@ def test_a_run_of_stages_is_recorded_as_that_of_one_process(runs: Runs, name: st
     pd.testing.assert_frame_equal(found, expected)
 
 
+def test_latents_of_every_stage_are_recorded(runs: Runs) -> None:
+    alone, ranks = runs["experts in the last stage only"]
+    found, expected = frames(ranks[0].run)["latents"], frames(alone.run)["latents"]
+    assert set(expected["layer"]) == set(range(5))
+    pd.testing.assert_frame_equal(found, expected)
+
+
 def test_gradients_of_experts_are_told_of_every_stage(runs: Runs) -> None:
     alone, ranks = runs["noise"]
     found, expected = ({**expert_grads(result.run)} for result in (ranks[0], alone))
@@ -210,12 +222,12 @@ def test_a_killed_stage_is_named_and_its_run_goes_on_to_the_bit_with_any_number_
     process = subprocess.Popen(
         [*moeviz, *flags, *endless], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not list_checkpoints(run / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.05)
     (victim,) = (child for child in children(process.pid) if variable(child, "RANK") == "1")
     os.kill(victim, signal.SIGKILL)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 1
     assert (
         f"moeviz train: rank 1 was ended by SIGKILL; its output is in {run / 'ranks' / 'rank-1.log'}"
