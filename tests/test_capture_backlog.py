@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -140,3 +141,13 @@ def test_a_mask_that_is_filled_anew_for_every_micro_batch_may_wait() -> None:
     assert [int(load.counts_LE[0].sum()) for load in loads] == [
         2 * (one + other) for one, other in zip(valid[::2], valid[1::2], strict=True)
     ]
+
+
+def test_sums_come_without_the_package_that_spares_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    late, model = Late(), small_model()
+    probe = attach(model, late, policy=NO_SAMPLES, defer=True)
+    train(model, list(batches(3, 1)), lambda loss: probe.step(loss=loss))
+    late.work()
+    loads = [record for record in late.records if isinstance(record, LoadRecord)]
+    assert [int(load.counts_LE[0].sum()) for load in loads] == [54, 54, 54]

@@ -1,4 +1,4 @@
-"""Readings on a CPU wait for the writer's thread: summing them there costs training a tenth of doing it in the step.
+"""Readings on a CPU wait for the writer's thread, so that the step does not wait for their sums.
 
 On a CPU a sum is work of the thread that asks for it. In the step it runs on cold caches, layer by layer of one
 step; in the writer's thread the steps of a second are summed in one go. What waits is references to tensors that
@@ -16,7 +16,6 @@ from contextlib import suppress
 from itertools import groupby
 
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from moeviz.capture.layer_groups import LayerGroup
@@ -128,7 +127,11 @@ class Backlog:
         me = threading.get_ident()
         if me not in (self._training_thread, self._one_core):
             self._one_core = me
-            with suppress(Exception):  # then it only costs more
+            with suppress(
+                Exception
+            ):  # without it, as beside a torch that came alone, summing only costs more
+                from threadpoolctl import threadpool_limits
+
                 torch.get_num_threads()  # torch sets the number of a thread when first asked; from here on it is ours
                 threadpool_limits(limits=1, user_api="openmp")
 
