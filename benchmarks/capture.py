@@ -1,9 +1,12 @@
 """What recording costs training: the same steps without it, with loads only, by default, and with everything.
 
 All modes run in one process on equal copies of a model, in turns of random order on the same batches, so that a
-busy machine slows all alike: compare the ratios. A ratio is taken within each round, and its median stands with a
-95 % interval (of the order statistics: no assumption about noise). A turn ends with a flush that counts towards its
-time and its processor time, so nothing that a mode causes happens in the turn of another one.
+busy machine slows all alike: compare the ratios. A ratio is taken within each round. As the order within a round is
+random, noise is as likely to raise a ratio as to lower it by the same factor, so the ratios of all rounds are summed
+up by the pseudo-median of their logarithms with the 95 % interval of the signed-rank test (Hodges and Lehmann 1963):
+hardly disturbed by a round in which the machine had other work, and narrower than the interval of a median. A turn
+ends with a flush that counts towards its time and its processor time, so nothing that a mode causes happens in the
+turn of another one.
 
     python benchmarks/capture.py --minutes 20 --out capture.json       all models, types and engines
     python benchmarks/capture.py --models 24x64 --dtypes fp32 --engines torch --minutes 2
@@ -132,12 +135,12 @@ def _cpu_seconds() -> float:
 
 
 @contextmanager
-def _lanes(config: TrainConfig, folder: Path) -> Iterator[list[Lane]]:
+def _lanes(config: TrainConfig, folder: Path, modes: Sequence[str]) -> Iterator[list[Lane]]:
     torch.manual_seed(0)
     first = MoELanguageModel(config.model).train()
     with ExitStack() as stack:
         lanes = []
-        for mode, policy in POLICIES.items():
+        for mode, policy in ((mode, POLICIES[mode]) for mode in ("none", *modes)):
             engine = build_engine(copy.deepcopy(first), config)
             stack.callback(engine.destroy)
             probe = None
@@ -174,7 +177,7 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator
     config, deadline = case.config(options), time.monotonic() + seconds
     shape, order = (config.data.batch_size, config.data.seq_len), random.Random(0)
     generator = torch.Generator().manual_seed(1)
-    with tempfile.TemporaryDirectory() as folder, _lanes(config, Path(folder)) as lanes:
+    with tempfile.TemporaryDirectory() as folder, _lanes(config, Path(folder), options.modes) as lanes:
 
         def turns(steps: int, keep: bool) -> None:
             batches = [
@@ -197,7 +200,8 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator
 
 
 def _row(case: Case, lane: Lane, none: Lane, steps: int, same: bool) -> dict[str, Any]:
-    step, cpu = np.divide(lane.seconds, none.seconds), np.divide(lane.cpu_seconds, none.cpu_seconds)
+    step, step_interval = _typical(np.divide(lane.seconds, none.seconds))
+    cpu, cpu_interval = _typical(np.divide(lane.cpu_seconds, none.cpu_seconds))
     blocked_ms = 1e3 * np.asarray(lane.blocked_seconds or [0.0])
     return {
         "model": case.model,
@@ -205,29 +209,35 @@ def _row(case: Case, lane: Lane, none: Lane, steps: int, same: bool) -> dict[str
         "engine": case.engine,
         "mode": lane.mode,
         "step ms": 1e3 * float(np.median(lane.seconds)),
-        "x none": float(np.median(step)),
-        "95 %": _interval(step),
+        "x none": step,
+        "95 %": step_interval,
         "cpu ms": 1e3 * float(np.median(lane.cpu_seconds)),
-        "cpu x": float(np.median(cpu)),
-        "cpu 95 %": _interval(cpu),
+        "cpu x": cpu,
+        "cpu 95 %": cpu_interval,
         "hooks ms": 1e3 * float(np.median(lane.watched_seconds)),
         "step() ms": float(np.median(blocked_ms)),
         "step() p99": float(np.quantile(blocked_ms, 0.99)),
-        "rounds": len(step),
-        "steps": steps * len(step),
+        "rounds": len(lane.seconds),
+        "steps": steps * len(lane.seconds),
         "same": "yes" if same else "NO",
     }
 
 
-def _interval(ratios: np.ndarray) -> str:
-    """The order statistics between which the true median lies with 95 %; smallest and largest of fewer than six."""
-    ordered, n = np.sort(ratios), len(ratios)
-    below, outside = -1, 0.0
-    while outside + math.comb(n, below + 1) / 2**n <= 0.025:
-        below += 1
-        outside += math.comb(n, below) / 2**n
-    low, high = (below, n - 1 - below) if below >= 0 else (0, n - 1)
-    return f"{ordered[low]:.3f}..{ordered[high]:.3f}"
+def _typical(ratios: np.ndarray) -> tuple[float, str]:
+    """Pseudo-median of positive ratios, and its 95 % interval (smallest and largest of fewer than six).
+
+    The median of all means of two logarithms (of one with itself as well); the interval lies between the order
+    statistics of these means that the signed-rank distribution names, by its normal approximation.
+    Source: Hodges and Lehmann, Annals of Mathematical Statistics 34 (1963) 598; Hollander, Wolfe and Chicken,
+    Nonparametric Statistical Methods, 3rd ed., section 3.3.
+    """
+    logs, n = np.log(ratios), len(ratios)
+    pairs = np.triu_indices(n)
+    means = np.sort((logs[pairs[0]] + logs[pairs[1]]) / 2)
+    spread = math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
+    outside = int(len(means) / 2 - 1.959964 * spread) if n >= 6 else 0
+    low, high = np.exp(means[outside]), np.exp(means[-1 - outside])
+    return float(np.exp(np.median(means))), f"{low:.3f}..{high:.3f}"
 
 
 def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
@@ -251,6 +261,8 @@ def _options() -> argparse.Namespace:
     add("--models", nargs="+", choices=MODELS, default=["demo", "24x64"])
     add("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     add("--engines", nargs="+", choices=("torch", "deepspeed"), default=["torch", "deepspeed"])
+    modes = [mode for mode in POLICIES if mode != "none"]
+    add("--modes", nargs="+", choices=modes, default=modes, help="to compare with none (default: all)")
     add("--minutes", type=float, default=5.0, help="time for all cases together (default 5)")
     add("--rounds", type=int, default=1, help="rounds of a case at least, also beyond its time (default 1)")
     add("--turn-seconds", type=float, default=1.5, help="length of a turn (default 1.5: over a flush)")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +125,13 @@ Runs = dict[str, tuple[TrainResult, list[TrainResult]]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> Runs:
     """By name: the run of one process, and what each of two ranks says of the same run in two stages."""
     folder = tmp_path_factory.mktemp("runs")
     two = trained_by(2, [deep(folder / f"{name}-2", 2, **changes) for name, changes in CASES.items()])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moeviz.store.run._in_process", lambda module, *args: True)
-        yield {
+        return {
             name: (train(deep(folder / f"{name}-1", 1, **changes)), ranks)
             for (name, changes), ranks in zip(CASES.items(), two, strict=True)
         }
@@ -247,7 +246,9 @@ def test_a_killed_stage_is_named_and_its_run_goes_on_to_the_bit_with_any_number_
     resumed = train(parse(alone))
     assert resumed.losses == whole.losses[4:]
     assert same(state_of(resumed), state_of(whole))
-    found, expected = (frames(folder)["loads"] for folder in (run, whole.run))
-    since = [table[table["step"] >= 2].reset_index(drop=True) for table in (found, expected)]
-    assert len(since[1]) == 4 * 3
-    pd.testing.assert_frame_equal(*since)
+    found, expected = frames(run), frames(whole.run)
+    # Of earlier steps a killed process may owe its last second.
+    for name in ("loads", "routing", "sequences"):
+        since = [table[table["step"] >= 2].reset_index(drop=True) for table in (found[name], expected[name])]
+        assert name != "loads" or len(since[1]) == 4 * 3
+        pd.testing.assert_frame_equal(*since)
