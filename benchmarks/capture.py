@@ -113,13 +113,12 @@ class Lane:
             assert loss is not None
             self.engine.backward(loss)
             self.engine.step(1e-3)
-            loss = loss.detach()
+            self.losses.append(loss.item())
             if self.probe is not None:
                 before = time.perf_counter()
-                self.probe.step(loss=loss)
+                self.probe.step(loss=self.losses[-1])
                 if keep:
                     self.blocked_seconds.append(time.perf_counter() - before)
-            self.losses.append(float(loss))
         if self.probe is not None:
             self.probe.flush()
         if keep:

@@ -26,6 +26,7 @@ import pyarrow.parquet  # noqa: F401  (imported once, before the fork)
 from moeviz.records import LayerInfo, LoadRecord, ModelInfo, TokenRoutingRecord
 from moeviz.store import BackgroundSink, RunInfo, SegmentWriter, Store, create_run, open_run
 from moeviz.store.compact import Rules, compact_run
+from moeviz.store.presence import Presence
 
 L, E, K = 4, 8, 2
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -127,7 +128,9 @@ def write_for(told: Connection, path: Path, rank: int, seconds: float, pause: fl
     The clock of this process is `ahead` seconds ahead.
     """
     set_clock(ahead)
-    sink = BackgroundSink(SegmentWriter(path, rank, flush_seconds=math.inf, sidecar=False))  # as `watch` does
+    presence = Presence(path)  # all of this as `watch` does
+    writer = SegmentWriter(path, rank, flush_seconds=math.inf, sidecar=False)
+    sink = BackgroundSink(writer, is_read=presence.is_read)
     step, end = -1, time.monotonic() + seconds
     while time.monotonic() < end:
         step += 1

@@ -32,6 +32,7 @@ from moeviz.policy import SamplingPolicy
 from moeviz.ranks import Ranks
 from moeviz.records import AlertRecord, EventRecord, ModelInfo, Record, Sink
 from moeviz.store.past import read_past
+from moeviz.store.presence import Presence
 from moeviz.store.run import RunInfo, create_run, finish_run, read_info, resume_run, write_info, write_vocab
 from moeviz.store.segments import sampled_bytes
 from moeviz.store.writer import BackgroundSink, SegmentWriter
@@ -164,7 +165,7 @@ def watch(
             plan=plan or RunPlan(planned_steps=planned_steps),
             on_alert=on_alert,
         )
-    closing = _RunSink(BackgroundSink(inner), path, ranks, pack)
+    closing = _RunSink(inner, path, ranks, pack)
     try:
         probe = attach(model, closing, defer=True, **options)
     except BaseException:
@@ -258,10 +259,12 @@ class _WithoutAlerts:
 class _RunSink:
     """The end of a run: its last event, the last flush on every rank, and then packing on the first."""
 
-    def __init__(self, inner: BackgroundSink, path: Path, ranks: Ranks, pack: bool) -> None:
-        self._inner, self._path, self._ranks, self._pack = inner, path, ranks, pack
+    def __init__(self, inner: Sink, path: Path, ranks: Ranks, pack: bool) -> None:
+        self._presence = Presence(path)
+        self._inner = BackgroundSink(inner, is_read=self._presence.is_read)
+        self._path, self._ranks, self._pack = path, ranks, pack
         self._clean = False
-        self.write = inner.write
+        self.write = self._inner.write
 
     def flush(self) -> None:
         self._inner.flush()
@@ -284,6 +287,7 @@ class _RunSink:
 
     def close(self) -> None:
         stats = self._inner.close()
+        self._presence.close()
         if not (self._clean and self._pack):
             return
         if self._ranks.wait() and self._ranks.rank == 0 and not stats.lost:

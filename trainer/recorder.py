@@ -19,8 +19,9 @@ from torch import Tensor
 from moeviz.alerts import AlertConfig, RunPlan
 from moeviz.bridges import Tracking, bridged
 from moeviz.capture.sites import find_sites
-from moeviz.records import AlertRecord, EventRecord, ModelInfo, ScalarRecord
+from moeviz.records import AlertRecord, EventRecord, ModelInfo, ScalarRecord, Sink
 from moeviz.session import deriving, keep_rules, watch, with_rules
+from moeviz.store.presence import Presence
 from moeviz.store.run import RunInfo, create_run, finish_run, resume_run
 from moeviz.store.writer import BackgroundSink, SegmentWriter
 from trainer.config import TrainConfig
@@ -154,8 +155,10 @@ class Nowhere:
 class ScalarRecorder(Nowhere):
     """Losses, rates, events and the alerts that follow from them, without a hook on the model."""
 
-    def __init__(self, sink: BackgroundSink, run: Path, first_step: int) -> None:
-        self._sink, self._run, self._step = sink, run, first_step
+    def __init__(self, inner: Sink, run: Path, first_step: int) -> None:
+        self._presence = Presence(run)
+        self._sink = BackgroundSink(inner, is_read=self._presence.is_read)
+        self._run, self._step = run, first_step
 
     @classmethod
     def open(
@@ -183,7 +186,7 @@ class ScalarRecorder(Nowhere):
             plan=plan,
             on_alert=on_alert,
         )
-        recorder = cls(BackgroundSink(sink), run, resume_from or 0)
+        recorder = cls(sink, run, resume_from or 0)
         recorder.event("started" if resume_from is None else "resumed", host=platform.node(), pid=os.getpid())
         return recorder
 
@@ -207,5 +210,7 @@ class ScalarRecorder(Nowhere):
         self.event(
             "ended", status="finished" if error is None else "interrupted" if interrupted else "failed"
         )
-        if not self._sink.close().lost and error is None:
+        stats = self._sink.close()
+        self._presence.close()
+        if not stats.lost and error is None:
             finish_run(self._run)

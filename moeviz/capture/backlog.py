@@ -158,10 +158,10 @@ class _Room:
 
 class _Held:
     def __init__(self, room: _Room, size: float) -> None:
-        self._room, self._size = room, size
+        self._room, self.size = room, size
 
     def __del__(self) -> None:
-        self._room.change(self._size)
+        self._room.change(self.size)
 
 
 def _versions(readings: Sequence[Reading]) -> tuple[int, ...]:

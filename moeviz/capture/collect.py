@@ -97,6 +97,7 @@ class Collector:
         decisions = stack(run, self._workspace) if pile is None or wanted is not None else None
         if pile is not None:
             self.step.piles.append(pile)
+            self.step.waiting_bytes += pile.held.size
         elif decisions is not None:
             group.check(decisions, bias_LE)
             scored = group.score, bias_LE, valid_T, group.ranked, group.sums_squares

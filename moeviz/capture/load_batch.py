@@ -59,6 +59,11 @@ class LoadBatch:
     def rank(self) -> int:
         return self.source.rank
 
+    @property
+    def nbytes(self) -> float:
+        """Memory that what waits to be summed holds."""
+        return self.sums.waiting_bytes
+
     def send(self) -> None:
         """Start the copies to the host, in the order of the training's own stream."""
         tensors = self._tensors()

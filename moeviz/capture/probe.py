@@ -135,6 +135,9 @@ class Probe:
         )
         self._step = first_step
         self._recorded = False
+        self._in_order = False
+        """Whether no failure is on the account, and `_finish_plain_step` may be tried, for work can be deferred."""
+        self._num_layers = len(share.layers)
         self._closed = False
         self._seconds = 0.0
         self._fixed: FixedProbe | None = None
@@ -156,7 +159,8 @@ class Probe:
         began = time.perf_counter()
         number = self._step if step is None else step
         try:
-            self._finish_step(number, scalars)
+            if not (self._in_order and self._finish_plain_step(number, scalars)):
+                self._finish_step(number, scalars)
         except ProbeError as error:
             if not self._recorded:
                 self._tap.detach()
@@ -164,11 +168,8 @@ class Probe:
             self._failed("the end of a step", error)
         except Exception as error:
             self._failed("the end of a step", error)
-        self._recorded = True
-        if self.failures.last is not None or self.failures.failing_steps:
-            self.failures.end_step()
-            if self.failures.exhausted and self._tap.attached:
-                self._give_up()
+        if not self._in_order:
+            self._settle_failures()
         self._step = self._tap.step = number + 1
         self._seconds += time.perf_counter() - began
         if self._probe_every and (number + 1) % self._probe_every == 0:
@@ -295,8 +296,28 @@ class Probe:
         """What watching cost so far: time in the training thread at the ends of forwards and steps."""
         return self._seconds + self._tap.seconds
 
+    def _finish_plain_step(self, number: int, scalars: dict[str, Any]) -> bool:
+        """Hand on a step in which nothing was out of the ordinary: sums of every layer, no samples, plain numbers.
+
+        Between two steps the caches are training's: every call here costs microseconds, so there are few.
+
+        Returns:
+            False where `_finish_step` must do it; nothing was changed then, but that a tensor became its number.
+        """
+        for name, value in scalars.items():
+            if type(value) is not float:
+                if not (isinstance(value, Tensor) and value.is_cpu and value.numel() == 1):
+                    return False
+                scalars[name] = value.item()
+        sums = self._tap.take_sums(self._num_layers)
+        if sums is None:
+            return False
+        collector = self._tap.collector
+        bias = collector.biases() if collector.biased else {}
+        self._sink.write(LoadBatch(self._source, number, time.time(), sums, bias, scalars, {}))  # type: ignore[arg-type]
+        return True
+
     def _finish_step(self, number: int, scalars: Mapping[str, float | Tensor]) -> None:
-        # Between two steps the caches were training's: every call here costs a microsecond, so there are few.
         tap = self._tap
         sums, samples = tap.take()
         routing = sums.routing
@@ -322,6 +343,16 @@ class Probe:
                 self._hand_on(samples.batch(number, self.rank, self.info, routing, tap.map_size, self._share))
         if self._budget.limited:
             self._keep_within_budget(number, routing, samples)
+
+    def _settle_failures(self) -> None:
+        """Close the account of a step that was the first one, or had errors, or followed one that had."""
+        self._recorded = True
+        if self.failures.last is not None or self.failures.failing_steps:
+            self.failures.end_step()
+            if self.failures.exhausted and self._tap.attached:
+                self._give_up()
+        can_defer = self._defer and self._share.tells_scalars and not self._tap.on_accelerator
+        self._in_order = can_defer and not self._budget.limited and self.failures.failing_steps == 0
 
     def _keep_within_budget(self, number: int, routing: Sequence[RoutingPiece], samples: StepSamples) -> None:
         """Count what the step's samples amount to; move the sampling where a limit asks for it, and say so."""
@@ -370,6 +401,7 @@ class Probe:
 
     def _failed(self, where: str, error: Exception, *, name: str = "", spoils: bool = False) -> None:
         """Count an error; write an event the first time. Never raises."""
+        self._in_order = False
         if not self.failures.note(where, error, name=name, spoils=spoils):
             return
         detail = {"where": f"{where} {name}".strip(), "error": f"{type(error).__name__}: {error}"}

@@ -156,6 +156,13 @@ class Sampler:
             rows_N = index_tensor(self._rows, loss_BS.device)
             self.step.tensors[f"loss/{micro_batch.index}"] = loss_BS.detach().float().index_select(0, rows_N)
 
+    def take_nothing(self) -> bool:
+        """End a step without samples, as most are; False, with nothing changed, where `take` must do it."""
+        if self.step.sequences or self._labels or self._label_of_all is not None:
+            return False
+        self.sequences, self._seen = self._seen, 0
+        return True
+
     def take(self) -> StepSamples:
         """The samples of the step, and a fresh start."""
         self.sequences, self._seen = self._seen, 0

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from moeviz.capture.reading import Reading
 from moeviz.capture.reduce import RoutingSums
+
+
+class Held(Protocol):
+    """Memory that counts as free again when this object goes."""
+
+    size: float
+    """Bytes."""
 
 
 class RoutingPiece(NamedTuple):
@@ -35,7 +42,7 @@ class Pile:
     valid_T: Tensor | None
     versions: tuple[int, ...]
     """Of their tensors, when they were read."""
-    held: object
+    held: Held
     """Stands for the memory that the readings hold, which counts as free again when it goes."""
 
 
@@ -47,6 +54,8 @@ class StepSums:
     """By index of the layer group."""
     piles: list[Pile] = field(default_factory=list)
     """What is not in `sums` yet."""
+    waiting_bytes: float = 0
+    """Memory that `piles` held at first."""
     failure: Exception | None = None
     """Why something that waited never came into `sums`."""
     routing: list[RoutingPiece] = field(default_factory=list)

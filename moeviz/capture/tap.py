@@ -126,6 +126,18 @@ class Tap:
         self.micro_batch = None
         return self.collector.take(), self.sampler.take()
 
+    def take_sums(self, num_layers: int) -> StepSums | None:
+        """`take` of a step without samples, all forwards of which came to their end; None where it was another.
+
+        Args:
+            num_layers: layers that such a step has seen.
+        """
+        sums = self.collector.step
+        if self._filled or len(sums.layers_seen) != num_layers or not self.sampler.take_nothing():
+            return None
+        self.micro_batch = None
+        return self.collector.take()
+
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         began = time.perf_counter()
         self._open(args, kwargs)

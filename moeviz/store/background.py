@@ -35,15 +35,19 @@ _SAMPLES = (TokenRoutingRecord, SequenceRecord, AttentionRecord)
 FLUSH_SECONDS = 0.75
 """How often what was written becomes visible: a reader that looks every 0.2 s then sees 19 of 20 steps within a
 second of their end. Each flush costs about 5 ms of processor time, whatever is in it."""
+UNREAD_FLUSH_SECONDS = 3.0
+"""How often while nobody reads: what a killed process owes at most, at a third of the cost of a step."""
 _RETRY_SECONDS = 0.25
 _LOOK_SECONDS = 0.5
 """How often a flush looks whether anybody is there to do it."""
 _POLL_SECONDS = 0.05
 """How often the thread looks for work. Waking it at every write would hand it the interpreter in the middle of a
 step: measured on two busy cores, a `write` that took 0.03 ms then took 5 to 10."""
-_GATHER_BYTES = 4e6
-"""Queued bytes of samples that are worked on at once. Less than that waits for the next flush: a dozen steps one
-after another find the processor's caches warm, and cost half of what they cost one by one between training steps."""
+_UNREAD_POLL_SECONDS = 0.25
+"""How often while nobody reads."""
+_GATHER_BYTES = 16e6
+"""Queued bytes that are worked on at once. Less than that waits for the next flush: a dozen steps one after another
+find the processor's caches warm, and cost half of what they cost one by one between training steps."""
 _ARRAYS = ("experts_LNSK", "weights_LNSK", "token_ids_NS", "token_loss_NS", "map_QC")
 
 
@@ -84,6 +88,8 @@ class BackgroundSink:
         capacity: int = 4096,
         capacity_bytes: float = 256e6,
         flush_seconds: float = FLUSH_SECONDS,
+        is_read: Callable[[], bool] | None = None,
+        unread_flush_seconds: float = UNREAD_FLUSH_SECONDS,
     ) -> None:
         """Start the thread.
 
@@ -92,10 +98,15 @@ class BackgroundSink:
             capacity: queued items above which samples are dropped.
             capacity_bytes: queued bytes of arrays above which samples are dropped.
             flush_seconds: how often what was written is made visible.
+            is_read: whether somebody looks at it; asked from the thread, several times a second. None: always.
+            unread_flush_seconds: how often while nobody does.
         """
         self._inner = inner
-        self._capacity, self._capacity_bytes, self._flush_seconds = capacity, capacity_bytes, flush_seconds
+        self._capacity, self._capacity_bytes = capacity, capacity_bytes
+        self._flush_seconds, self._unread_flush_seconds = flush_seconds, unread_flush_seconds
+        self._is_read = is_read or (lambda: True)
         self._queue: deque[tuple[Record | Deferred | threading.Event, int]] = deque()
+        """Appended to without the lock as well; taken from in the thread alone."""
         self._queued_bytes = 0
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -113,8 +124,13 @@ class BackgroundSink:
 
     def write(self, record: Record | Deferred) -> None:
         """Queue a record or a deferred item. Returns at once; never raises."""
-        begin = time.perf_counter()
         droppable = getattr(record, "droppable", None)
+        if (
+            droppable is False and not self._closing
+        ):  # what every step has: a line of its own, for it is the shortest
+            self._queue.append((record, 0))
+            return
+        begin = time.perf_counter()
         if droppable is None:
             droppable = isinstance(record, _SAMPLES)
         size = _array_bytes(record) if droppable else 0
@@ -186,16 +202,16 @@ class BackgroundSink:
                 self._closing = True  # what nobody takes out must not pile up
 
     def _work(self) -> None:
-        due, dirty = time.monotonic() + self._flush_seconds, False
+        flushed, dirty = time.monotonic(), False
         while True:
-            gathered, finished = self._gather(due, dirty)
+            gathered, finished = self._gather(flushed, dirty)
             self._prepare(gathered)
             for _ in range(gathered):
                 with self._lock:
                     item, size = self._queue.popleft()
                     self._queued_bytes -= size
                 if isinstance(item, threading.Event):
-                    dirty, due = not self._flush_inner(), time.monotonic() + self._flush_seconds
+                    dirty, flushed = not self._flush_inner(), time.monotonic()
                     with self._lock:
                         self._asked -= 1
                     item.set()
@@ -205,21 +221,36 @@ class BackgroundSink:
             if finished:
                 self._finish()
                 return
-            if dirty and time.monotonic() >= due:
-                dirty, due = not self._flush_inner(), time.monotonic() + self._flush_seconds
+            if dirty and time.monotonic() >= flushed + self._interval()[0]:
+                dirty, flushed = not self._flush_inner(), time.monotonic()
 
-    def _gather(self, due: float, dirty: bool) -> tuple[int, bool]:
+    def _interval(self) -> tuple[float, float]:
+        """Seconds between flushes, and between looks for work."""
+        if self._is_read():
+            return self._flush_seconds, _POLL_SECONDS
+        return max(self._flush_seconds, self._unread_flush_seconds), _UNREAD_POLL_SECONDS
+
+    def _gather(self, flushed: float, dirty: bool) -> tuple[int, bool]:
         """Wait until there is work; (how many items to take now, whether they are the last ones)."""
-        with self._wake:
-            while not (
-                self._closing
-                or self._asked
-                or self._queued_bytes > min(_GATHER_BYTES, self._capacity_bytes / 2)
-                or len(self._queue) >= self._capacity // 2 > 0
-                or ((self._queue or dirty) and time.monotonic() >= due)
-            ):
-                self._wake.wait(_POLL_SECONDS)
-            return len(self._queue), self._closing
+        while True:
+            seconds, pause = (
+                self._interval()
+            )  # asks the file system, so not while a `write` may wait for the lock
+            with self._wake:
+                if (
+                    self._closing
+                    or self._asked
+                    or self._queued_bytes > min(_GATHER_BYTES, self._capacity_bytes / 2)
+                    or self._held_bytes() > _GATHER_BYTES
+                    or len(self._queue) >= self._capacity // 2 > 0
+                    or ((self._queue or dirty) and time.monotonic() >= flushed + seconds)
+                ):
+                    return len(self._queue), self._closing
+                self._wake.wait(pause)
+
+    def _held_bytes(self) -> float:
+        """Memory of queued items that are not dropped."""
+        return sum(getattr(item, "nbytes", 0) for item, size in self._queue.copy() if size == 0)
 
     def _prepare(self, gathered: int) -> None:
         """Let items of a kind do together what is cheaper that way; their own turn tells what failed."""

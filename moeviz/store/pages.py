@@ -4,8 +4,8 @@ Expert ids and weight codes are small integers that are their own dictionary cod
 in a hash table and packs it into bits one by one, 12 ns a number. Packed at a width of 8 (or 16) bits the codes are
 simply the bytes of the array, and zstd makes what is left of them: less than bits packed as tightly as they go.
 
-Any Parquet reader reads the result. Only for tables of numbers and lists of small integers without NULL or empty
-lists (`fits`); everything else goes through pyarrow.
+Any Parquet reader reads the result. Only for tables of numbers and lists of small integers or floats without NULL or
+empty lists (`fits`); everything else goes through pyarrow.
 
 https://parquet.apache.org/docs/file-format/
 """
@@ -26,7 +26,7 @@ _MAGIC = b"PAR1"
 _INT32, _FLOAT, _DOUBLE = 1, 4, 5
 _OPTIONAL, _REPEATED = 1, 2
 _LIST_TYPE = 3
-_PLAIN, _RLE, _RLE_DICTIONARY = 0, 3, 8
+_PLAIN, _RLE, _RLE_DICTIONARY, _BYTE_STREAM_SPLIT = 0, 3, 8, 9
 _DATA_PAGE, _DICTIONARY_PAGE = 0, 2
 _UNCOMPRESSED, _ZSTD = 0, 6
 
@@ -64,8 +64,8 @@ def fits(table: pa.Table) -> bool:
 
 
 def _full(column: pa.ChunkedArray) -> bool:
-    """Lists of small integers, none of them empty or with a NULL inside."""
-    return column.type.value_type in _CODES and all(
+    """Lists of small integers or floats, none of them empty or with a NULL inside."""
+    return column.type.value_type in (*_CODES, pa.float32()) and all(
         (np.diff(chunk.offsets.to_numpy()) > 0).all() and chunk.values.null_count == 0
         for chunk in column.chunks
     )
@@ -114,7 +114,9 @@ def write(file: BinaryIO, table: pa.Table, row_groups: Sequence[int], statistics
 
 def _chunk(column: pa.ChunkedArray, field: pa.Field, with_statistics: bool) -> _Chunk:
     array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    return _codes(array, field) if pa.types.is_list(field.type) else _numbers(array, field, with_statistics)
+    if not pa.types.is_list(field.type):
+        return _numbers(array, field, with_statistics)
+    return _floats(array, field) if field.type.value_type == pa.float32() else _codes(array, field)
 
 
 def _numbers(array: pa.Array, field: pa.Field, with_statistics: bool) -> _Chunk:
@@ -156,6 +158,20 @@ def _codes(array: pa.ListArray, field: pa.Field) -> _Chunk:
     sizes = first_raw + len(second) - len(squeezed) + len(body), len(pages)
     about = _about(_INT32, (_PLAIN, _RLE, _RLE_DICTIONARY), path, _ZSTD, len(codes), sizes)
     return _Chunk(pages, about, len(first))
+
+
+def _floats(array: pa.ListArray, field: pa.Field) -> _Chunk:
+    """A list a row, the bytes of its numbers sorted by their place in the number: so they compress better."""
+    offsets = array.offsets.to_numpy()
+    values = array.values.to_numpy()[offsets[0] : offsets[-1]]
+    planes = values.astype("<f4", copy=False).view(np.uint8).reshape(-1, 4).T.tobytes()
+    body = b"".join((_levels(_repeats(np.diff(offsets))), _levels(_run(3, len(values))), planes))
+    squeezed = _zstd(body)
+    pages = _page(_DATA_PAGE, len(values), _BYTE_STREAM_SPLIT, body, squeezed)
+    path = (field.name.encode(), b"list", b"element")
+    sizes = len(pages) - len(squeezed) + len(body), len(pages)
+    about = _about(_FLOAT, (_RLE, _BYTE_STREAM_SPLIT), path, _ZSTD, len(values), sizes)
+    return _Chunk(pages, about, 0)
 
 
 @lru_cache(maxsize=1 << 10)

@@ -1,7 +1,8 @@
 """Reading a run: `open_run(path)` gives a `Store`, which answers SQL over what the folder holds right now.
 
 Works while another process writes, after packing, and on a copied, moved or half-copied folder: what is
-missing or damaged is skipped and named in `Store.notes`. Needs no torch, takes no lock, writes nothing.
+missing or damaged is skipped and named in `Store.notes`. Needs no torch, takes no lock, writes nothing but the time
+of the file that tells a writer that somebody reads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moeviz.store.catalog import locate_run
 from moeviz.store.engine import connect
 from moeviz.store.listing import Listing, empty_sql
 from moeviz.store.load_memory import LayerCounts, LoadMemory
+from moeviz.store.presence import Attention
 from moeviz.store.run import DATABASE_FILE, RUN_FILE, VOCAB_FILE, RunInfo, read_info
 from moeviz.store.sandbox import check_select, explain_error
 from moeviz.store.schema import TABLES, VOCAB_SCHEMA
@@ -67,6 +69,7 @@ class Store:
         self._closed = False
         self._info_stamp: object = None
         self._listings: dict[str, Listing] = {}
+        self._attention = Attention(self.path)
         self._connection: duckdb.DuckDBPyConnection | None = None
         self.info: RunInfo
         self._refresh()
@@ -237,6 +240,8 @@ class Store:
         if stamp != self._info_stamp or self._connection is None:
             self._open()
             self._info_stamp = stamp
+        if self._listings:
+            self._attention.tell()
         for listing in self._listings.values():
             self._footers += listing.refresh(anew, thorough)
         if self._footers > _MOST_FOOTERS:
