@@ -16,6 +16,12 @@ L, T, E, K = 3, 11, 5, 2
 SCORES: list[ScoreFunction] = ["softmax", "sigmoid", "softmax_topk", "unknown"]
 
 
+@pytest.fixture(params=[0, E + 1], ids=["experts side by side", "tokens side by side"], autouse=True)
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables lie in memory in two ways; nobody may see which."""
+    monkeypatch.setattr("moeviz.capture.reduce._NARROW", request.param)
+
+
 def readings(score: ScoreFunction, bias_LE: torch.Tensor | None, seed: int = 0) -> list[Reading]:
     """L layers that route the way their score function says."""
     generator = torch.Generator().manual_seed(seed)

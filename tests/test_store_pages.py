@@ -125,6 +125,33 @@ def test_what_does_not_fit_is_left_to_arrow(tmp_path: Path, change: Callable[[pa
     assert pq.read_table(tmp_path / "rows.parquet").equals(table)
 
 
+def attention(rng: np.random.Generator, sizes: list[tuple[int, int]]) -> pa.Table:
+    """A random map a row."""
+    schema = segment_schema("attention", "run-of-the-test")
+    columns: dict[str, Any] = {
+        name: rng.integers(0, 9, len(sizes)) for name in schema.names if name not in ("row_max", "map")
+    }
+    columns["row_max"] = [rng.random(rows, np.float32) for rows, _ in sizes]
+    columns["map"] = [rng.integers(0, 256, rows * cols, np.uint8) for rows, cols in sizes]
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def test_lists_of_floats_are_found_to_the_bit(tmp_path: Path) -> None:
+    table = attention(np.random.default_rng(9), [(128, 128), (1, 1), (7, 3), (128, 64)])
+    table = pa.concat_tables([table, table.slice(1)])
+    assert pages.fits(table)
+    path = written(tmp_path / "rows.parquet", table, [3, 4])
+    assert pq.read_table(path).equals(table)
+    assert duckdb.sql(f"FROM '{path}'").to_arrow_table().cast(table.schema).equals(table)
+    special = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45], np.float32)
+    column = table.schema.get_field_index("row_max")
+    odd = table.slice(0, 1).set_column(
+        column, table.schema.field(column), pa.array([special], table.schema.field(column).type)
+    )
+    back = pq.read_table(written(tmp_path / "odd.parquet", odd, [1]))["row_max"][0].values.to_numpy()
+    assert back.tobytes() == special.tobytes()
+
+
 def test_routing_fits_and_an_empty_segment_is_whole(tmp_path: Path) -> None:
     assert pages.fits(routing(np.random.default_rng(7), np.array([2, 3]), 4))
     for name in ("routing", "sequences"):
