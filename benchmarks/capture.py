@@ -6,7 +6,8 @@ random, noise is as likely to raise a ratio as to lower it by the same factor, s
 up by the pseudo-median of their logarithms with the 95 % interval of the signed-rank test (Hodges and Lehmann 1963):
 hardly disturbed by a round in which the machine had other work, and narrower than the interval of a median. A turn
 ends with a flush that counts towards its time and its processor time, so nothing that a mode causes happens in the
-turn of another one.
+turn of another one. It is the only one of the turn, which is as long as the time between two flushes of a run that
+nobody reads; of one that is read: --turn-seconds 0.75.
 
     python benchmarks/capture.py --minutes 20 --out capture.json       all models, types and engines
     python benchmarks/capture.py --models 24x64 --dtypes fp32 --engines torch --minutes 2
@@ -41,6 +42,7 @@ from model.config import ModelConfig
 from model.lm import MoELanguageModel
 from moeviz.capture.probe import Probe
 from moeviz.policy import EVERYTHING, SamplingPolicy
+from moeviz.store import background
 from trainer.config import EngineConfig, InputConfig, TrainConfig
 from trainer.engine import Engine, build_engine
 from trainer.presets import demo
@@ -189,7 +191,7 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator
         began = time.perf_counter()
         turns(2, keep=False)
         step_seconds = (time.perf_counter() - began) / (2 * len(lanes))
-        steps = max(2, math.ceil(options.turn_seconds / step_seconds))
+        steps = max(1, round(options.turn_seconds / step_seconds))
         for number in itertools.count(1):
             turns(steps, keep=True)
             same = all(lane.losses == lanes[0].losses for lane in lanes)
@@ -264,7 +266,13 @@ def _options() -> argparse.Namespace:
     add("--modes", nargs="+", choices=modes, default=modes, help="to compare with none (default: all)")
     add("--minutes", type=float, default=5.0, help="time for all cases together (default 5)")
     add("--rounds", type=int, default=1, help="rounds of a case at least, also beyond its time (default 1)")
-    add("--turn-seconds", type=float, default=1.5, help="length of a turn (default 1.5: over a flush)")
+    pause = background.UNREAD_FLUSH_SECONDS
+    add(
+        "--turn-seconds",
+        type=float,
+        default=pause,
+        help=f"length of a turn and its flush (default {pause:g})",
+    )
     add("--batch", type=int, help="sequences a step (default: the demo's own 16, else 8)")
     add("--length", type=int, help="tokens a sequence (default 128)")
     add("--threads", type=int, help="of torch (default: its own choice)")
@@ -274,6 +282,7 @@ def _options() -> argparse.Namespace:
 
 def main() -> None:
     options = _options()
+    background.UNREAD_FLUSH_SECONDS = math.inf  # each turn ends with its flush
     logging.basicConfig(level=logging.WARNING)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if options.threads:

@@ -89,7 +89,7 @@ class BackgroundSink:
         capacity_bytes: float = 256e6,
         flush_seconds: float = FLUSH_SECONDS,
         is_read: Callable[[], bool] | None = None,
-        unread_flush_seconds: float = UNREAD_FLUSH_SECONDS,
+        unread_flush_seconds: float | None = None,
     ) -> None:
         """Start the thread.
 
@@ -99,11 +99,14 @@ class BackgroundSink:
             capacity_bytes: queued bytes of arrays above which samples are dropped.
             flush_seconds: how often what was written is made visible.
             is_read: whether somebody looks at it; asked from the thread, several times a second. None: always.
-            unread_flush_seconds: how often while nobody does.
+            unread_flush_seconds: how often while nobody does; None: UNREAD_FLUSH_SECONDS.
         """
         self._inner = inner
         self._capacity, self._capacity_bytes = capacity, capacity_bytes
-        self._flush_seconds, self._unread_flush_seconds = flush_seconds, unread_flush_seconds
+        self._flush_seconds = flush_seconds
+        self._unread_flush_seconds = (
+            UNREAD_FLUSH_SECONDS if unread_flush_seconds is None else unread_flush_seconds
+        )
         self._is_read = is_read or (lambda: True)
         self._queue: deque[tuple[Record | Deferred | threading.Event, int]] = deque()
         """Appended to without the lock as well; taken from in the thread alone."""
