@@ -1,7 +1,8 @@
 """What recording costs training: the same steps without it, with loads only, by default, and with everything.
 
-All modes run in one process on equal copies of a model, in turns of random order on the same batches, so that a
-busy machine slows all alike: compare the ratios. A ratio is taken within each round. As the order within a round is
+All modes record one and the same model, in turns of random order on the same batches, so that a busy machine slows
+all alike: compare the ratios. (Equal copies of a model are not equally fast: two that nobody recorded differed by up
+to 2 %, for they lie elsewhere in memory.) A ratio is taken within each round. As the order within a round is
 random, noise is as likely to raise a ratio as to lower it by the same factor, so the ratios of all rounds are summed
 up by the pseudo-median of their logarithms with the 95 % interval of the signed-rank test (Hodges and Lehmann 1963):
 hardly disturbed by a round in which the machine had other work, and narrower than the interval of a median. A turn
@@ -18,7 +19,6 @@ What was measured when it is cut short (Ctrl-C) is printed and in the JSON file.
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import logging
 import math
@@ -91,7 +91,7 @@ recording is a larger share than of anything that is trained for its own sake.""
 
 @dataclass(eq=False)
 class Lane:
-    """One mode of recording with its own copy of the model, and what its turns took."""
+    """One mode of recording, and what its turns took."""
 
     mode: str
     engine: Engine
@@ -104,10 +104,16 @@ class Lane:
     """Of each call of `Probe.step`."""
     watched_seconds: list[float] = field(default_factory=list)
     """Per step, of the training thread in hooks on the root and in `Probe.step`, by turn."""
-    losses: list[float] = field(default_factory=list)
 
     def turn(self, batches: Sequence[torch.Tensor], keep: bool) -> None:
         """Train on `batches`, then flush; `keep` the times."""
+        if self.probe is not None:
+            self.probe._tap.attach()
+        self._train(batches, keep)
+        if self.probe is not None:
+            self.probe._tap.detach()
+
+    def _train(self, batches: Sequence[torch.Tensor], keep: bool) -> None:
         begin, cpu_begin = time.perf_counter(), _cpu_seconds()
         watched = self.probe.seconds if self.probe is not None else 0.0
         for ids_BS in batches:
@@ -115,10 +121,10 @@ class Lane:
             assert loss is not None
             self.engine.backward(loss)
             self.engine.step(1e-3)
-            self.losses.append(loss.item())
+            value = loss.item()
             if self.probe is not None:
                 before = time.perf_counter()
-                self.probe.step(loss=self.losses[-1])
+                self.probe.step(loss=value)
                 if keep:
                     self.blocked_seconds.append(time.perf_counter() - before)
         if self.probe is not None:
@@ -138,16 +144,14 @@ def _cpu_seconds() -> float:
 @contextmanager
 def _lanes(config: TrainConfig, folder: Path, modes: Sequence[str]) -> Iterator[list[Lane]]:
     torch.manual_seed(0)
-    first = MoELanguageModel(config.model).train()
+    engine = build_engine(MoELanguageModel(config.model).train(), config)
     with ExitStack() as stack:
-        lanes = []
-        for mode, policy in ((mode, POLICIES[mode]) for mode in ("none", *modes)):
-            engine = build_engine(copy.deepcopy(first), config)
-            stack.callback(engine.destroy)
-            probe = None
-            if policy is not None:
-                probe = moeviz.watch(engine.module, folder / mode, policy=policy, pack=False)
-                stack.callback(probe.close)
+        stack.callback(engine.destroy)
+        lanes = [Lane("none", engine, None)]
+        for mode in modes:
+            probe = moeviz.watch(engine.module, folder / mode, policy=POLICIES[mode], pack=False)
+            stack.callback(probe.close)
+            probe._tap.detach()
             lanes.append(Lane(mode, engine, probe))
         yield lanes
 
@@ -194,13 +198,12 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator
         steps = max(1, round(options.turn_seconds / step_seconds))
         for number in itertools.count(1):
             turns(steps, keep=True)
-            same = all(lane.losses == lanes[0].losses for lane in lanes)
-            yield [_row(case, lane, lanes[0], steps, same) for lane in lanes]
+            yield [_row(case, lane, lanes[0], steps) for lane in lanes]
             if time.monotonic() > deadline and number >= options.rounds:
                 return
 
 
-def _row(case: Case, lane: Lane, none: Lane, steps: int, same: bool) -> dict[str, Any]:
+def _row(case: Case, lane: Lane, none: Lane, steps: int) -> dict[str, Any]:
     step, step_interval = _typical(np.divide(lane.seconds, none.seconds))
     cpu, cpu_interval = _typical(np.divide(lane.cpu_seconds, none.cpu_seconds))
     blocked_ms = 1e3 * np.asarray(lane.blocked_seconds or [0.0])
@@ -220,7 +223,6 @@ def _row(case: Case, lane: Lane, none: Lane, steps: int, same: bool) -> dict[str
         "step() p99": float(np.quantile(blocked_ms, 0.99)),
         "rounds": len(lane.seconds),
         "steps": steps * len(lane.seconds),
-        "same": "yes" if same else "NO",
     }
 
 
