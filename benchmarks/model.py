@@ -4,7 +4,7 @@ Every contestant is a process of its own with one thread. They take turns, one s
 processor time: a busy machine slows all alike. The best of ours stands against the best of theirs.
 
     python benchmarks/model.py --rounds 7 --out model.json
-    python benchmarks/model.py --lanes decode cache --shapes 8x2      (a minute)
+    python benchmarks/model.py --lanes decode cache --shapes 8x2      (a minute; --compile: several more)
     python benchmarks/model.py --lanes train --shapes 64x8 --dtypes bf16 --theirs grouped_mm --out model.json
                                                                       (one race; those already in a file are left out)
     python benchmarks/model.py --device cuda --dtypes bf16            (tokens a second and model-FLOPs utilisation)
@@ -120,14 +120,27 @@ def decoding(who: Contestant) -> Turn:
     model = build(who).eval()
     ids = torch.randint(3, who.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(2))
     ids = ids.to(who.device)
+    theirs: dict[str, Any] = {}
+    if (
+        who.compiled and not who.ours
+    ):  # their own way to compile: a cache of fixed size, and the pass as one program
+        model.forward = torch.compile(model.forward)
+        theirs["cache_implementation"] = "static"
 
     def turn() -> None:
         if who.ours:
-            generate(model, ids, Sampling(max_new_tokens=NEW, temperature=0))  # type: ignore[arg-type]
+            sampling = Sampling(max_new_tokens=NEW, temperature=0)
+            generate(model, ids, sampling, compile=who.compiled)  # type: ignore[arg-type]
             return
         with torch.no_grad():
             model.generate(  # type: ignore[operator]
-                ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=True, pad_token_id=0
+                ids,
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+                **theirs,
             )
 
     return turn
@@ -162,15 +175,19 @@ class Runner:
     cpu_seconds: list[float] = field(default_factory=list)
     wall_seconds: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
+    start_seconds: float = 0.0
+    """On the clock, to build and to warm it: compiling, where it is compiled."""
 
     def start(self) -> None:
         """Build it and run it warm; the others wait, so that compiling disturbs nobody."""
         context = multiprocessing.get_context("spawn")
         self.wire, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(self.who, theirs), daemon=True)
+        begin = time.perf_counter()
         self.process.start()
         theirs.close()
         self.wire.recv()
+        self.start_seconds = time.perf_counter() - begin
 
     def turn(self) -> None:
         self.wire.send("go")
@@ -224,6 +241,14 @@ def field_of(
         implementations.append("batched_mm")
     field = [make("ours", experts=None)]
     field += [make(f"transformers, {name}", experts=name) for name in implementations]
+    if task == "decode" and options.compile:
+        field.append(make("ours, compiled", experts=None, compiled=True))
+        # Their loop over the experts that were chosen differs from token to token: no program of it is used twice.
+        field += [
+            make(f"transformers, {name}, compiled", experts=name, compiled=True)
+            for name in implementations
+            if name != "eager"
+        ]
     if task == "train" and options.compile:
         field.append(make("ours, compiled", experts=None, compiled=True))
         field.append(make("transformers, grouped_mm, compiled", experts="grouped_mm", compiled=True))
@@ -251,6 +276,7 @@ def compare(
             "tokens a second": tokens / runner.seconds,
             "times the best of transformers": best.over(runner),
             "peak MB": runner.peak_mb,
+            "s to start": runner.start_seconds,
             **_utilisation(runner, tokens),
         }
         for runner in runners

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from model.config import ModelConfig
 from model.expert_config import ExpertConfig
 from model.grouped import grouped_mm
-from model.linear import row_times
+from model.linear import row_times, rows_by
 from model.precision import matmul_dtype
 
 
@@ -162,8 +162,9 @@ class GroupedExperts(nn.Module):
         compiling = torch.compiler.is_compiling()
         if kept_TK is not None and not compiling:
             return self._kept_only(x_TD, expert_ids_TK, weights_TK, kept_TK)
-        if len(x_TD) == 1 and x_TD.device.type == "cpu" and not (compiling or torch.is_grad_enabled()):
-            return self._one_token(x_TD, expert_ids_TK, weights_TK)
+        if len(x_TD) == 1 and x_TD.device.type == "cpu" and not torch.is_grad_enabled():
+            one_token = self._one_token_compiled if compiling else self._one_token
+            return one_token(x_TD, expert_ids_TK, weights_TK)
         order_N, inverse_N, ends_E = dispatch(expert_ids_TK, self.num_experts)
         dtype = matmul_dtype(x_TD)
         x_ND = _ToExperts.apply(x_TD.to(dtype), order_N, inverse_N)
@@ -182,6 +183,17 @@ class GroupedExperts(nn.Module):
         if self.down_proj_bias is not None:
             y_KD = y_KD + self.down_proj_bias[ids].to(dtype)
         return weights_1K.to(dtype) @ y_KD
+
+    def _one_token_compiled(self, x_1D: Tensor, expert_ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
+        """The same in two passes over the matrices of the chosen, which a compiler reads where they lie."""
+        ids, dtype = expert_ids_1K[0], matmul_dtype(x_1D)
+        gate_up = rows_by(x_1D.to(dtype), self.gate_up_proj[ids].to(dtype))
+        if self.gate_up_proj_bias is not None:
+            gate_up = gate_up + self.gate_up_proj_bias[ids].to(dtype)
+        y_KD = rows_by(activate(self.config, gate_up), self.down_proj[ids].to(dtype))
+        if self.down_proj_bias is not None:
+            y_KD = y_KD + self.down_proj_bias[ids].to(dtype)
+        return (weights_1K[0, :, None].to(dtype) * y_KD).sum(0, keepdim=True)
 
     def _kept_only(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
         slots_N = kept_TK.flatten().nonzero().squeeze(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from model.sampling import Sampling, sample
 from model.speculative import Drafts, Text, check_drafts, speculate
 
 __all__ = ["Decode", "Drafts", "NonCausalWarning", "Sampling", "before_stop", "generate", "sample", "stream"]
+
+
+_FEWEST_SLOTS = 128
+"""Of a compiled step's cache."""
 
 
 class NonCausalWarning(UserWarning):
@@ -37,6 +41,7 @@ def stream(
     cache: KVCache | None = None,
     prefill_chunk: int | None = None,
     drafts: Drafts | None = None,
+    compile: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, int64 [B], until all have ended or nothing more is allowed.
 
@@ -55,9 +60,12 @@ def stream(
             as fits beside what a forgetting cache keeps.
         drafts: let the model's own modules for further tokens draft, and count what becomes of it
             (`model.speculative`): the same distribution, or the same most likely tokens, in fewer passes.
+        compile: compile what one token needs (`model.compiled_step`), at the cost of half a minute before the
+            second token, less where torch finds an earlier result on disk. Hooks are compiled too, or refused.
 
     Raises ValueError for an empty prompt, one that leaves no room, stop texts without `decode`, padding where
-    positions must be absolute, and drafts of a model, or with a cache, that cannot have them. Warns
+    positions must be absolute, drafts of a model, or with a cache, that cannot have them, and what cannot be
+    compiled: drafts, two-stage latents, caches that do not keep everything in memory. Warns
     (`NonCausalWarning`) when the model's experts depended on later tokens in training, for token by token they
     choose otherwise.
     """
@@ -66,16 +74,18 @@ def stream(
     _check(model.config, sampling, attention_mask_BS, decode, cache)
     steps = _steps(model.config, length, sampling.max_new_tokens, cache)
     device = prompt_ids_BS.device
+    if compile:
+        _check_compiled(model.config, cache, drafts)
     if drafts is not None:
         check_drafts(model, cache)
     if cache is None:
         cache = KVCache(
             model.config,
             batch_size=batch,
-            max_length=length + steps,
+            max_length=_roomy(model.config, length + steps) if compile else length + steps,
             device=device,
             dtype=model.dtype,
-            bounded=drafts is None,
+            bounded=drafts is None and not compile,
         )
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
     endings = Endings(sampling, decode, batch, device)
@@ -86,13 +96,17 @@ def stream(
         yield from speculate(model, text, sampling, generator, cache, drafts, steps, prefill_chunk)
         return
     logits_BV = _read_prompt(model, prompt_ids_BS, mask_BC, cache, prefill_chunk)
-    columns_DV = model.lm_head.columns() if _columns_pay(logits_BV, steps) else None
+    step_logits = _compiled_step(model, cache, mask_BC) if compile else None
+    columns_DV = model.lm_head.columns() if step_logits is None and _columns_pay(logits_BV, steps) else None
     for step in range(steps):
         ids_B = endings.mark(sample(logits_BV, sampling, generator, seen_BV))
         yield ids_B
         if step == steps - 1 or endings.all_ended:
             return
         seen_BV.scatter_(1, ids_B[:, None], True)
+        if step_logits is not None:
+            logits_BV = step_logits(ids_B[:, None])
+            continue
         if mask_BC is not None:
             mask_BC = torch.cat((mask_BC, mask_BC.new_ones(batch, 1)), dim=1)
         logits_BV = _next_logits(model, ids_B[:, None], mask_BC, cache, columns_DV)
@@ -108,6 +122,7 @@ def generate(
     cache: KVCache | None = None,
     prefill_chunk: int | None = None,
     drafts: Drafts | None = None,
+    compile: bool = False,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """The new tokens of every sequence, int64 [B, new]; `on_token` sees each step's [B] as it is made.
@@ -124,6 +139,7 @@ def generate(
         cache=cache,
         prefill_chunk=prefill_chunk,
         drafts=drafts,
+        compile=compile,
     ):
         if on_token is not None:
             on_token(ids_B)
@@ -208,6 +224,40 @@ def _read_prompt(
     return logits_BV
 
 
+def _check_compiled(config: ModelConfig, cache: KVCache | None, drafts: Drafts | None) -> None:
+    if drafts is not None:
+        raise ValueError(
+            "compile=True and drafts do not go together, whose passes differ in length; choose one"
+        )
+    from model.compiled_step import check_compiled
+
+    check_compiled(config, cache)
+
+
+def _roomy(config: ModelConfig, length: int) -> int:
+    """Slots for `length` tokens: the next power of two, so that few lengths are compiled.
+
+    Dynamic RoPE is stretched for the cache's length, which then stays as it is.
+    """
+    dynamic = config.rope.rope_scaling == "dynamic"
+    return length if dynamic else max(_FEWEST_SLOTS, 1 << (length - 1).bit_length())
+
+
+def _compiled_step(
+    model: MoELanguageModel, cache: KVCache, mask_BC: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    # Imported here: torch's compiler takes a second to load, which nobody else should wait for.
+    from model.compiled_step import CompiledStep
+
+    step = CompiledStep(model, cache, mask_BC)
+
+    def logits(ids_B1: Tensor) -> Tensor:
+        with _evaluating(model):
+            return step(ids_B1)
+
+    return logits
+
+
 def _columns_pay(logits_BV: Tensor, steps: int) -> bool:
     """Whether to transpose the output matrix first, at the cost of a dozen of its products."""
     return (
@@ -226,14 +276,21 @@ def _next_logits(
     cache: KVCache,
     columns_DV: Tensor | None = None,
 ) -> Tensor:
+    columns = nullcontext() if columns_DV is None else model.lm_head.by_columns(columns_DV)
+    with _evaluating(model), columns:
+        output = model(ids_BS, attention_mask_BS=mask_BC, cache=cache, logits_to_keep=1)
+    assert output.logits_BSV is not None
+    return output.logits_BSV[:, -1]
+
+
+@contextmanager
+def _evaluating(model: MoELanguageModel) -> Iterator[None]:
+    """Evaluation mode inside, and back."""
     training = model.training
     if training:  # to switch walks through every module: a tenth of a small model's step
         model.eval()
     try:
-        with nullcontext() if columns_DV is None else model.lm_head.by_columns(columns_DV):
-            output = model(ids_BS, attention_mask_BS=mask_BC, cache=cache, logits_to_keep=1)
+        yield
     finally:
         if training:
             model.train()
-    assert output.logits_BSV is not None
-    return output.logits_BSV[:, -1]

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.linear import onednn_pays, rows_times
+from model.linear import linear, onednn_pays, rows_times
 from model.precision import matmul_dtype
 
 IGNORE = -100
@@ -62,7 +61,7 @@ class LMHead(nn.Linear):
         if labels_BS is None:
             if self._columns_DV is not None:
                 return HeadOutput(hidden_BSD @ self._columns_DV, None, None, None)
-            return HeadOutput(F.linear(hidden_BSD, self.weight), None, None, None)
+            return HeadOutput(linear(hidden_BSD, self.weight), None, None, None)
         dtype = matmul_dtype(hidden_BSD)
         ce, token_loss_T, correct_T = linear_cross_entropy(
             hidden_BSD.flatten(0, 1).to(dtype), self.weight.to(dtype), labels_BS.flatten()

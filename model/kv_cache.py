@@ -86,6 +86,11 @@ class KVCache:
         return not any(isinstance(layer, SlidingCache | EvictingCache) for layer in self.layers)
 
     @property
+    def is_full(self) -> bool:
+        """Whether every layer keeps everything, position s in slot s, in memory."""
+        return self._storage != "mapped" and all(type(layer) is LayerCache for layer in self.layers)
+
+    @property
     def prefill_chunk(self) -> int:
         """Tokens to read at once at most: with what is kept they fill the trained context."""
         if self._eviction is None:

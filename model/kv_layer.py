@@ -35,6 +35,11 @@ class LayerCache:
         """Tokens read so far."""
 
     @property
+    def slots(self) -> tuple[Slots, Slots]:
+        """Where keys and values lie."""
+        return self._keys, self._values
+
+    @property
     def capacity(self) -> int:
         return self._keys.capacity
 

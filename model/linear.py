@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.precision import matmul_dtype
+from model.precision import at_least_float32, matmul_dtype
 
 _MANY = 256
 """Rows from which oneDNN is faster: it packs the weight anew in every call."""
@@ -56,6 +56,22 @@ def row_times(x_1I: Tensor, weight_OI: Tensor) -> Tensor:
     return F.linear(x_1I, weight_OI)
 
 
+def rows_by(x_KI: Tensor, weights_KOI: Tensor) -> Tensor:
+    """Each row by a matrix of its own, [K, O], or one row by all of them: a compiler makes it one pass over them."""
+    dtype, (rows, width) = x_KI.dtype, x_KI.shape
+    x_KI = at_least_float32(x_KI).as_strided((rows, 1, width), (width, width, 1))
+    return (at_least_float32(weights_KOI) * x_KI).sum(-1).to(dtype)
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`F.linear`; in a compiled step of one row on a CPU in one pass over the weight, fused with what follows."""
+    one_row = torch.compiler.is_compiling() and x.numel() == x.shape[-1] and x.device.type == "cpu"
+    if not one_row or torch.is_grad_enabled() or not (matmul_dtype(x) == x.dtype == weight_OI.dtype):
+        return F.linear(x, weight_OI, bias_O)
+    y = rows_by(x.reshape(1, -1), weight_OI[None]).view(*x.shape[:-1], -1)
+    return y if bias_O is None else y + bias_O
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -78,6 +94,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if matmul_dtype(x) != x.dtype or not onednn_pays(x, self.weight):
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         y = _Product.apply(x, self.weight)
         return y if self.bias is None else y + self.bias

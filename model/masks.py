@@ -76,7 +76,7 @@ def visible_keys(
 
 
 def visible_slots(
-    reach: Reach, num_queries: int, length: int, positions: Tensor, valid_BC: Tensor | None
+    reach: Reach, num_queries: int, length: int | Tensor, positions: Tensor, valid_BC: Tensor | None
 ) -> Tensor:
     """`visible_keys` for a cache that forgets: bool [B or 1, G or 1, S, C].
 
@@ -87,7 +87,7 @@ def visible_slots(
         positions: of the keys held, [C], or [B, G, C] where each head keeps its own; negative: empty.
         valid_BC: False at padding, over all tokens read so far.
     """
-    query_S1 = torch.arange(length - num_queries, length, device=positions.device)[:, None]
+    query_S1 = (torch.arange(-num_queries, 0, device=positions.device) + length)[:, None]
     key = positions[None, None, None] if positions.dim() == 1 else positions[:, :, None]
     visible = reach(query_S1, key)
     if valid_BC is None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from model.capacity import capacity_of, experts_choose, keep_within_capacity
 from model.config import ModelConfig
 from model.expert_config import RouterConfig
+from model.linear import linear
 from model.precision import at_least_float32, no_autocast
 from model.router_draws import RouterDraws
 
@@ -139,7 +140,7 @@ class TopKRouter(nn.Module):
             x_TD = x_TD * draws.jitter_TD
         with no_autocast(x_TD):
             bias_E = None if self.bias is None else self.bias.to(x_TD.dtype)
-            logits_TE = F.linear(x_TD, self.weight.to(x_TD.dtype), bias_E)
+            logits_TE = linear(x_TD, self.weight.to(x_TD.dtype), bias_E)
             if draws is None or draws.noise_TE is None:
                 return logits_TE
             noise_TE = self.config.noise_scale * draws.noise_TE

@@ -67,6 +67,17 @@ def test_drafts_write_the_same_text_and_are_counted(
     assert "drafts kept" in capsys.readouterr().err
 
 
+def test_a_compiled_step_writes_the_same_text(
+    result: TrainResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for flags in ([], ["--compile"]):
+        with torch.compiler.set_stance("default", force_backend="eager"):
+            command.main([str(result.run), *FLAGS, "--temperature", "0", "--json", *flags])
+        told.append(json.loads(capsys.readouterr().out)["text"])
+    assert told[0] == told[1] != ""
+
+
 @pytest.mark.parametrize("kind", ["mapped", "sinks", "heavy-hitters"])
 def test_every_cache_can_be_asked_for(
     kind: str, result: TrainResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -109,6 +120,8 @@ def test_a_stop_text_is_never_shown(
         (["--cache", "mapped"], "name a folder with --cache-folder"),
         (["--cache", "sinks", "--cache-tokens", "32"], "--cache-tokens 32 is not between 8 and the 31"),
         (["--cache", "sinks", "--drafts"], "drafts need a cache that can go back"),
+        (["--cache", "sinks", "--compile"], "compile=True does not fit a cache that forgets"),
+        (["--drafts", "--compile"], "compile=True and drafts do not go together"),
         (["--drafts", "--drafts-at-once", "0"], "at_once=0 is below 1"),
         (["--file", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--prompt", "a " * 80], "leaves no room; shorten the prompt"),

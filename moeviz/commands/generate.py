@@ -26,6 +26,7 @@ _DESCRIPTION = """Let a checkpoint write on.
 
     moeviz generate runs/mine --prompt "The little fox" --temperature 0.8 --top-p 0.95
     moeviz generate runs/mine --prompt "def area(" --drafts          its modules for further tokens draft (--mtp-depth)
+    moeviz generate runs/mine --compile --max-new-tokens 2000        compile the step first: a minute, then faster
     moeviz generate runs/mine --cache sinks --max-new-tokens 5000    past the trained length, in bounded memory
 
 CHECKPOINT is a run (its newest checkpoint), one checkpoint folder, or a local Hugging Face folder. The text appears as
@@ -60,6 +61,11 @@ class GenerateArguments:
     """Folder for the files of --cache mapped."""
     prefill_chunk: int | None = None
     """Read the prompt in pieces of so many tokens, in less memory. None: at once."""
+    compile: bool = False
+    """Compile what one token needs: 2 to 3 times as many tokens a second of a small model on a CPU. The first token
+    after the prompt then waits for a minute at most, and some 10 seconds once the result is on disk; needs a C++
+    compiler. Texts of up to 128 tokens, 256, 512 and so on have a program each. With --cache full or int8, without
+    --drafts."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     json: bool = False
@@ -123,7 +129,7 @@ def _write(opened: TextModel, prompt: str, arguments: GenerateArguments) -> None
     if not arguments.json:
         print(prompt, end="", flush=True)
     began = time.perf_counter()
-    for token in _tokens(opened, prompt_ids, sampling, cache, drafts, arguments.prefill_chunk):
+    for token in _tokens(opened, prompt_ids, sampling, cache, drafts, arguments):
         ids.append(token)
         if not arguments.json:
             told = _tell(told, prompt + _text(words.decode(ids), sampling, unfinished=True))
@@ -145,7 +151,7 @@ def _tokens(
     sampling: Sampling,
     cache: KVCache | None,
     drafts: Drafts | None,
-    prefill_chunk: int | None,
+    arguments: GenerateArguments,
 ) -> Iterator[int]:
     import torch
 
@@ -154,7 +160,8 @@ def _tokens(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NonCausalWarning)  # said once for all prompts
         prompt_1S = torch.tensor([prompt_ids], device=opened.device)
-        options: dict[str, Any] = {"cache": cache, "prefill_chunk": prefill_chunk, "drafts": drafts}
+        options: dict[str, Any] = {"cache": cache, "drafts": drafts, "compile": arguments.compile}
+        options["prefill_chunk"] = arguments.prefill_chunk
         decode = opened.words().decode
         for ids_1 in stream(opened.module, prompt_1S, sampling, decode=decode, **options):
             yield int(ids_1)
@@ -188,7 +195,7 @@ def _cache(opened: TextModel, arguments: GenerateArguments, length: int) -> KVCa
     if kind == "full":
         return None
     options: dict[str, Any] = {"storage": kind, "max_length": min(length, config.max_seq_len)}
-    options["bounded"] = not arguments.drafts
+    options["bounded"] = not (arguments.drafts or arguments.compile)
     if kind == "mapped":
         if arguments.cache_folder is None:
             raise MoevizError("--cache mapped keeps its files somewhere; name a folder with --cache-folder")

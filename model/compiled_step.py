@@ -1,0 +1,155 @@
+"""One token's step compiled: for a single row of numbers, what surrounds the products costs as much as they do.
+
+A compiled program knows shapes, so the cache is read whole and where a token stands is data: slots behind it are
+masked. Blocks of one kind share a program, whatever their number, which keeps compiling at half a minute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
+
+from model.block import BlockOutput
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.kv_layer import Held, LayerCache
+from model.lm import MoELanguageModel
+from model.rope import RopeTables, rope_tables
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_PROGRAMS = 4096
+"""Of one function that torch keeps: kinds of blocks times lengths of caches, of all models of a process."""
+
+
+class WholeCache(LayerCache):
+    """A layer's cache with all its slots, those that are empty as well: the same shapes at every token."""
+
+    def __init__(self, layer: LayerCache, length_1: Tensor) -> None:
+        super().__init__(*layer.slots)
+        self.length = length_1  # type: ignore[assignment]
+        self._length_1 = length_1
+        self._positions_C = torch.arange(layer.capacity, device=length_1.device)
+
+    def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> Held:
+        """Store the one position that `length` ends with; every slot behind it is later than any query."""
+        self._keys.write(self._length_1 - 1, k_BGSD)
+        self._values.write(self._length_1 - 1, v_BGSD)
+        every = slice(None)
+        return Held(self._keys.read(every), self._values.read(every), self._positions_C)
+
+
+class CompiledStep:
+    """Reads one token of every sequence; `cache` may be used without it before and after."""
+
+    def __init__(self, model: MoELanguageModel, cache: KVCache, mask_BS: Tensor | None = None) -> None:
+        """Prepare a step behind what `cache` holds. Compilation happens at the first call.
+
+        Args:
+            model: whose step it is.
+            cache: of its keys and values; full, and big enough for all that will be read.
+            mask_BS: 0 at padding among what was read.
+
+        Raises ValueError for what cannot be compiled, see `check_compiled`.
+        """
+        check_compiled(model.config, cache)
+        self._model, self._cache = model, cache
+        self._length_1 = torch.tensor([cache.length], device=model.device)
+        self._layers = [WholeCache(layer, self._length_1) for layer in cache.layers]  # type: ignore[arg-type]
+        self._capacity = capacity = self._layers[0].capacity
+        self._valid_BC = None if mask_BS is None else _extended(mask_BS, capacity)
+        like = model.model.embed_tokens.weight
+        total = cache.total_length(1)
+        everywhere = rope_tables(model.config, 0, capacity, like, total_length=total)
+        local = rope_tables(model.config, 0, capacity, like, local=True)
+        self._ropes = everywhere, everywhere if model.config.rope.local_rope_base is None else local
+        self._compiled = False
+
+    @torch.no_grad()
+    def __call__(self, ids_B1: Tensor) -> Tensor:
+        """Logits of the next token, [B, V]. Raises ValueError where torch cannot compile it."""
+        if self._compiled:
+            return self._run(ids_B1)
+        with torch._dynamo.config.patch(recompile_limit=_PROGRAMS, accumulated_recompile_limit=_PROGRAMS):
+            try:
+                logits_BV = self._run(ids_B1)
+            except (TorchDynamoException, InductorError) as error:
+                first = str(error).strip().partition("\n")[0]
+                raise ValueError(
+                    f"compile=True failed ({first}); it needs a C++ compiler and a model without hooks that leave "
+                    "torch; leave it out"
+                ) from error
+        self._compiled = True
+        return logits_BV
+
+    def _run(self, ids_B1: Tensor) -> Tensor:
+        model, decoder = self._model, self._model.model
+        if self._cache.length >= self._capacity:
+            raise ValueError(
+                f"{self._cache.length + 1} tokens exceed the cache's capacity={self._capacity}; "
+                "make the cache with a larger max_length or write less"
+            )
+        self._length_1 += 1
+        hidden, ropes = _begin(model, ids_B1, self._length_1 - 1, self._ropes)
+        for index, block in enumerate(decoder.layers):
+            rope = ropes[model.config.reach.is_local(index)]
+            hidden = _block(block, hidden, rope, self._valid_BC, self._layers[index])
+        logits_BV = _end(model, hidden)
+        for layer in self._cache.layers:
+            layer.length += 1
+        return logits_BV
+
+
+def check_compiled(config: ModelConfig, cache: KVCache | None) -> None:
+    """Raise ValueError where a step of this model, or with this cache, has no fixed shapes."""
+    if config.attention == "latent":
+        raise ValueError(
+            "compile=True does not fit attention=latent, whose chunks close at some tokens and not at others; "
+            "leave it out"
+        )
+    if cache is not None and not cache.is_full:
+        raise ValueError(
+            "compile=True does not fit a cache that forgets, overwrites or lies in files; use a KVCache with "
+            "bounded=False, and no eviction or mapped storage"
+        )
+
+
+def _extended(mask_BS: Tensor, capacity: int) -> Tensor:
+    """Tokens to come are none of them padding."""
+    valid_BC = mask_BS.new_ones(len(mask_BS), capacity, dtype=torch.bool)
+    valid_BC[:, : mask_BS.shape[1]] = mask_BS.bool()
+    return valid_BC
+
+
+def _compiled(function: _F) -> _F:
+    return cast(_F, torch.compile(function, dynamic=False, fullgraph=True))
+
+
+@_compiled
+def _begin(
+    model: MoELanguageModel, ids_B1: Tensor, at_1: Tensor, ropes: tuple[RopeTables, RopeTables]
+) -> tuple[Tensor, tuple[RopeTables, RopeTables]]:
+    hidden_B1D = model.model.embed_tokens(ids_B1)
+    if model.model.embed_positions is not None:
+        hidden_B1D = hidden_B1D + model.model.embed_positions(at_1)
+    here = RopeTables(ropes[0].cos_SD[at_1], ropes[0].sin_SD[at_1])
+    near = RopeTables(ropes[1].cos_SD[at_1], ropes[1].sin_SD[at_1])
+    return hidden_B1D, (here, near)
+
+
+@_compiled
+def _block(
+    block: nn.Module, hidden_B1D: Tensor, rope: RopeTables, valid_BC: Tensor | None, layer: WholeCache
+) -> Tensor:
+    output: BlockOutput = block(hidden_B1D, rope, valid_BC, layer)
+    return output.hidden_BSD
+
+
+@_compiled
+def _end(model: MoELanguageModel, hidden_B1D: Tensor) -> Tensor:
+    return model.lm_head(model.model.norm(hidden_B1D)).logits_BSV[:, -1]
