@@ -2,9 +2,9 @@
 
 A step of training takes hundreds of megabytes for activations and gradients and frees them again, and the next step
 takes as much. glibc, the C library of most Linux systems, gives freed blocks of that size back to the system at once:
-each step then gets its memory page by page anew, which the system clears first (40,000 to 230,000 page faults a step,
-a tenth to a third of its time on one core). Told to keep them, it hands the same pages out again. What numbers come
-out does not change, and the peak of memory hardly.
+each step then gets its memory page by page anew, which the system clears first (40,000 to 255,000 page faults a step,
+a tenth to a quarter of its time on one core). Told to keep them, it hands the same pages out again. What numbers come
+out does not change, and the peak of memory little.
 
 This changes the whole process, so only commands do it, never `import moeviz` or `moeviz.watch`. No torch here.
 """
