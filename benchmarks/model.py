@@ -3,6 +3,10 @@
 Every contestant is a process of its own with one thread. They take turns, one step each, and what is compared is
 processor time: a busy machine slows all alike. The best of ours stands against the best of theirs.
 
+Training of ours tells glibc to keep what a step frees, as `moeviz train` does; transformers leaves the allocator as it
+is, and that is what its users get. So that one sees what comes from where, both also train the other way; the ratio of
+the two that are told stands beside the bar.
+
     python benchmarks/model.py --rounds 7 --out model.json
     python benchmarks/model.py --lanes decode cache --shapes 8x2      (a minute; --compile: several more)
     python benchmarks/model.py --lanes train --shapes 64x8 --dtypes bf16 --theirs grouped_mm --out model.json
@@ -39,6 +43,7 @@ from model.generate import generate
 from model.hf import to_hf
 from model.lm import MoELanguageModel
 from model.sampling import Sampling
+from trainer.allocator import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAIN_BARS = {"fp32": 1.12, "bf16": 1.15}
@@ -70,6 +75,8 @@ class Contestant:
     compiled: bool = False
     folder: str = ""
     """transformers' copy of our weights."""
+    told: bool = False
+    """Whether its process tells glibc to keep freed memory, as the trainer does."""
     device: str = "cpu"
 
     @property
@@ -153,18 +160,26 @@ def serve(who: Contestant, wire: Connection) -> None:
     """A contestant's process: one turn for each message, answered by its times and the peak of its memory."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     torch.set_num_threads(1)
+    if who.told and not keep_freed_memory():
+        raise RuntimeError(
+            "the allocator here cannot be told; unset MALLOC_..., GLIBC_TUNABLES and LD_PRELOAD"
+        )
     turn = TASKS[who.task](who)
     for _ in range(2):
         turn()
     wire.send("ready")
     while wire.recv() == "go":
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu, faults = time.perf_counter(), time.process_time(), _page_faults()
         turn()
         took = (time.process_time() - cpu, time.perf_counter() - wall)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         if who.device != "cpu":
             peak = torch.cuda.max_memory_allocated() / 2**20
-        wire.send((*took, peak))
+        wire.send((*took, peak, _page_faults() - faults))
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 @dataclass(eq=False)
@@ -177,6 +192,8 @@ class Runner:
     peak_mb: float = 0.0
     start_seconds: float = 0.0
     """On the clock, to build and to warm it: compiling, where it is compiled."""
+    page_faults: int = 0
+    """Of the last turn."""
 
     def start(self) -> None:
         """Build it and run it warm; the others wait, so that compiling disturbs nobody."""
@@ -191,7 +208,7 @@ class Runner:
 
     def turn(self) -> None:
         self.wire.send("go")
-        cpu, wall, self.peak_mb = self.wire.recv()
+        cpu, wall, self.peak_mb, self.page_faults = self.wire.recv()
         self.cpu_seconds.append(cpu)
         self.wall_seconds.append(wall)
 
@@ -237,20 +254,28 @@ def field_of(
 ) -> list[Contestant]:
     make = partial(Contestant, task=task, config=config, dtype=dtype, folder=folder, device=options.device)
     implementations = list(options.theirs or ("eager", "grouped_mm"))
-    if task == "decode" and not options.theirs:
-        implementations.append("batched_mm")
-    field = [make("ours", experts=None)]
-    field += [make(f"transformers, {name}", experts=name) for name in implementations]
-    if task == "decode" and options.compile:
-        field.append(make("ours, compiled", experts=None, compiled=True))
-        # Their loop over the experts that were chosen differs from token to token: no program of it is used twice.
+    if task == "decode":
+        if not options.theirs:
+            implementations.append("batched_mm")
+        field = [make("ours", experts=None)]
+        field += [make(f"transformers, {name}", experts=name) for name in implementations]
+        if options.compile:
+            field.append(make("ours, compiled", experts=None, compiled=True))
+            # Their loop over the experts that were chosen differs from token to token: no program of it is used twice.
+            field += [
+                make(f"transformers, {name}, compiled", experts=name, compiled=True)
+                for name in implementations
+                if name != "eager"
+            ]
+        return field
+    field = [make("ours", experts=None, told=True), make("ours, not told", experts=None)]
+    for name in implementations:
         field += [
-            make(f"transformers, {name}, compiled", experts=name, compiled=True)
-            for name in implementations
-            if name != "eager"
+            make(f"transformers, {name}", experts=name),
+            make(f"transformers, {name}, told", experts=name, told=True),
         ]
-    if task == "train" and options.compile:
-        field.append(make("ours, compiled", experts=None, compiled=True))
+    if options.compile:
+        field.append(make("ours, compiled", experts=None, compiled=True, told=True))
         field.append(make("transformers, grouped_mm, compiled", experts="grouped_mm", compiled=True))
     return field
 
@@ -263,9 +288,10 @@ def compare(
         torch.manual_seed(0)
         to_hf(MoELanguageModel(config), folder)
         runners = race(field_of(task, config, dtype, folder, options), options.rounds)
-    ours = [runner for runner in runners if runner.who.ours]
-    theirs = [runner for runner in runners if not runner.who.ours]
-    best = min(theirs, key=lambda runner: runner.seconds)
+    ours = [runner for runner in runners if runner.who.ours and (runner.who.told or task != "train")]
+    theirs = [runner for runner in runners if not (runner.who.ours or runner.who.told)]
+    theirs_told = [runner for runner in runners if not runner.who.ours and runner.who.told]
+    best = _fastest(theirs)
     tokens = BATCH * LENGTH if task == "train" else NEW
     name = f"E={config.num_experts} K={config.top_k} {dtype}"
     rows = [
@@ -275,21 +301,29 @@ def compare(
             "model": runner.who.name,
             "tokens a second": tokens / runner.seconds,
             "times the best of transformers": best.over(runner),
+            **({"times its best told": _fastest(theirs_told).over(runner)} if theirs_told else {}),
             "peak MB": runner.peak_mb,
             "s to start": runner.start_seconds,
+            "page faults": runner.page_faults,
             **_utilisation(runner, tokens),
         }
         for runner in runners
     ]
-    ratio = best.over(min(ours, key=lambda runner: runner.seconds))
+    ratio = best.over(_fastest(ours))
     wanted = TRAIN_BARS[dtype] if task == "train" else DECODE_BAR
     bars = [at_least(f"{task} {name}: best against best", ratio, wanted)]
     if task == "train":
+        told = _fastest(theirs_told).over(_fastest(ours))
+        bars.append(at_least(f"{task} {name}: the same, both told to keep freed memory", told, wanted))
         eager = min(runner.over(ours[0]) for runner in theirs if not runner.who.compiled)
         bars.append(at_least(f"{task} {name}: eager against eager", eager, 1.0))
         memory = ours[0].peak_mb / min(runner.peak_mb for runner in theirs)
         bars.append(Bar(what=f"{task} {name}: peak memory, x theirs", value=memory, at_most=1.0, unit="x"))
     return rows, bars
+
+
+def _fastest(runners: Sequence[Runner]) -> Runner:
+    return min(runners, key=lambda runner: runner.seconds)
 
 
 def at_least(what: str, value: float, bar: float) -> Bar:

@@ -46,7 +46,7 @@ TRAINER_FLAGS = """
 --on-alert --respond-every --prune-experts --grow-experts --prune-window
 --engine --zero-stage --deepspeed-config --num-ranks --expert-parallel --expert-gate --pipeline-stages --rank-timeout
 --dtype --auto-batch --gradient-checkpointing --compile
---device --threads
+--device --threads --keep-freed-memory
 """
 
 

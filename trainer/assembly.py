@@ -17,17 +17,18 @@ from moeviz.alerts import Command, Notifier, Webhook, alert_line
 from moeviz.bridges import check_trackers
 from moeviz.errors import MoevizError
 from moeviz.records import AlertRecord
+from trainer.allocator import keep_freed_memory
 from trainer.checkpoint import Checkpoint, restore
 from trainer.checkpoint_folder import list_checkpoints, set_aside_after
 from trainer.config import TrainConfig
-from trainer.engine import Engine, build_engine, set_threads
+from trainer.engine import Engine, build_engine, choose_device, set_threads
 from trainer.engine_deepspeed_config import deepspeed_config
 from trainer.frozen import freeze
 from trainer.judge import JUDGE_FILE, Judge
 from trainer.micro_batches import largest_that_fits
 from trainer.origin import Origin, find_origin, model_from
 from trainer.pipeline_layout import Layout
-from trainer.process_group import agree_on, join_ranks, launched_ranks, rank_seed
+from trainer.process_group import agree_on, join_ranks, launched_ranks, local_rank, rank_seed
 from trainer.progress import Progress
 from trainer.recorder import Recorder, model_info, open_recorder, run_plan
 from trainer.response_config import Response
@@ -101,6 +102,8 @@ def assemble(config: TrainConfig, progress: Progress) -> Assembly:
     if config.engine.deepspeed_config is not None:
         deepspeed_config(config, ranks)  # refuses a file that does not fit before anything is built
     set_threads(config.engine.threads)
+    if config.engine.keep_freed_memory and choose_device(config.engine.device, local_rank()).type == "cpu":
+        keep_freed_memory()
     origin = find_origin(config.init_from) if config.init_from and not found else None
     start = found or origin
     text = open_text(config, tokenizer_file=start.tokenizer_file if start else None)

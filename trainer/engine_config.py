@@ -48,6 +48,10 @@ class EngineConfig:
     """cpu, cuda, cuda:1 ...; auto takes a CUDA device where there is one."""
     threads: int | None = None
     """CPU threads of one operation; another number rounds differently. None: OMP_NUM_THREADS, or physical cores."""
+    keep_freed_memory: bool = True
+    """On a CPU: tell glibc to keep the memory that a step frees for the next one, instead of giving it back to the
+    system and taking it again, page by page. The same numbers, sooner. Without effect with another allocator or C
+    library, or where MALLOC_... or GLIBC_TUNABLES already tell glibc what to do."""
 
     def __post_init__(self) -> None:
         threads, ranks, minutes = self.threads, self.num_ranks, self.rank_timeout

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moeviz.errors import MoevizError
+from trainer.allocator import give_back
 from trainer.balance import training_loss
 from trainer.config import TrainConfig
 from trainer.data_batches import Batch
@@ -172,6 +173,7 @@ def _held_by_cpu(engine: Engine, one: Batch, config: TrainConfig) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         _gradients(engine, one, config)
     _set_random_states(engine, states)
+    give_back()  # what is kept for the next step is free, and the system counts it as taken
     weights = {weight.untyped_storage().data_ptr() for weight in engine.module.parameters()}
     per_sequence = sum(size for place, size in kept.items() if place not in weights)
     return int(_SPARE * free_memory_bytes() / max(per_sequence, 1))

@@ -68,7 +68,9 @@ def main(argv: list[str]) -> int:
     from moeviz.commands.inspect import open_checkpoint
     from moeviz.inspection.analysis import analyze, num_ticks
     from moeviz.inspection.findings_report import print_findings, print_findings_json
+    from trainer.allocator import keep_freed_memory
 
+    keep_freed_memory()
     checkpoint = open_checkpoint(arguments.checkpoint)
     against = [open_checkpoint(path) for path in arguments.against]
     probe = probe_of(checkpoint, arguments)

@@ -71,10 +71,13 @@ def main(argv: list[str]) -> int:
         raise MoevizError(f"--limit {arguments.limit} is below 1; leave it out for everything")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     require("torch", "train", "evaluating a checkpoint")
-    from trainer.engine import set_threads
+    from trainer.allocator import keep_freed_memory
+    from trainer.engine import choose_device, set_threads
     from trainer.text_model import open_text_model
 
     set_threads(None)
+    if choose_device(arguments.device).type == "cpu":
+        keep_freed_memory()
     opened = open_text_model(arguments.checkpoint, device=arguments.device, note=_warn)
     if ahead := opened.module.config.looks_ahead():
         _warn(ahead)
