@@ -59,6 +59,7 @@ def row_times(x_1I: Tensor, weight_OI: Tensor) -> Tensor:
 def rows_by(x_KI: Tensor, weights_KOI: Tensor) -> Tensor:
     """Each row by a matrix of its own, [K, O], or one row by all of them: a compiler makes it one pass over them."""
     dtype, (rows, width) = x_KI.dtype, x_KI.shape
+    # `as_strided` makes the compiler finish x first, instead of computing its norm anew for every number of the result.
     x_KI = at_least_float32(x_KI).as_strided((rows, 1, width), (width, width, 1))
     return (at_least_float32(weights_KOI) * x_KI).sum(-1).to(dtype)
 

@@ -62,7 +62,7 @@ class GenerateArguments:
     prefill_chunk: int | None = None
     """Read the prompt in pieces of so many tokens, in less memory. None: at once."""
     compile: bool = False
-    """Compile what one token needs: 2 to 3 times as many tokens a second of a small model on a CPU. The first token
+    """Compile what one token needs: about twice as many tokens a second of a small model on a CPU. The first token
     after the prompt then waits for a minute at most, and some 10 seconds once the result is on disk; needs a C++
     compiler. Texts of up to 128 tokens, 256, 512 and so on have a program each. With --cache full or int8, without
     --drafts."""
