@@ -99,8 +99,8 @@ def main() -> int:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     own, flags = sys.argv[1:], []
     if "--" in own:
-        at = own.index("--")
-        own, flags = own[:at], own[at + 1 :]
+        split = own.index("--")
+        own, flags = own[:split], own[split + 1 :]
     arguments = parser.parse_args(own)
     if arguments.child:
         arguments.child.write_text(json.dumps(train_once(flags)))

@@ -366,3 +366,50 @@ def test_a_script_that_forgets_to_close_keeps_its_last_step(tmp_path: Path) -> N
     assert "training died" in done.stderr
     with open_run(path) as store:
         assert store.sql("SELECT DISTINCT step FROM expert_load")["step"].tolist() == [8]
+
+
+class Kept:
+    """A step on its way: work for the thread, prepared together, never dropped."""
+
+    droppable = False
+    prepared = 0
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @staticmethod
+    def prepare(items: list[Kept]) -> None:
+        Kept.prepared += len(items)
+
+    def materialize(self) -> Iterator[Record]:
+        yield scalar(self.step)
+
+
+def test_steps_are_queued_while_the_thread_looks_at_the_queue() -> None:
+    inner, steps, before = Memory(), 0, sys.getswitchinterval()
+    sink, done = BackgroundSink(inner, flush_seconds=1e9), threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            sink.flush()
+
+    looking = threading.Thread(target=look)
+    sys.setswitchinterval(1e-6)
+    patience = time.monotonic() + 60
+    try:
+        looking.start()
+        while inner.calls.count("flush") < 60 and time.monotonic() < patience and sink._thread.is_alive():
+            for _ in range(300):
+                sink.write(Kept(steps))
+                steps += 1
+            time.sleep(1e-4)
+    finally:
+        sys.setswitchinterval(before)
+        done.set()
+        looking.join(60)
+    stats = sink.close(timeout=120.0)
+    assert [record.step for record in inner.records] == list(range(steps))
+    assert (stats.written, stats.errors, stats.lost) == (steps, 0, 0)
+    assert Kept.prepared > 0
+    sink.write(Kept(0))
+    assert sink.stats.lost == 1, "nothing is taken after the end"

@@ -258,11 +258,10 @@ class BackgroundSink:
     def _prepare(self, gathered: int) -> None:
         """Let items of a kind do together what is cheaper that way; their own turn tells what failed."""
         kinds: dict[Callable[[list[object]], None], list[object]] = {}
-        with self._lock:
-            for item, _ in islice(self._queue, gathered):
-                prepare = getattr(item, "prepare", None)
-                if prepare is not None:
-                    kinds.setdefault(prepare, []).append(item)
+        for item, _ in islice(self._queue.copy(), gathered):  # a copy: `write` may append meanwhile
+            prepare = getattr(item, "prepare", None)
+            if prepare is not None:
+                kinds.setdefault(prepare, []).append(item)
         for prepare, items in kinds.items():
             if len(items) > 1:
                 try:
