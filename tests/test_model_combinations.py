@@ -174,11 +174,13 @@ def test_compiling_changes_nothing_but_rounding(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_the_default_compiler_makes_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_default_compiler_makes_computes_the_same() -> None:
     """Generated C++ without vector instructions, which takes half the time to build."""
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "simdlen", 1)
     lm = _model({"num_kv_heads": 2}, CAUSAL["sigmoid, groups, bias"], num_layers=1)
     eager = _train(lm)
-    _assert_close(eager, _compiled(lm, fullgraph=True))
+    with inductor.patch(
+        {"cpp.simdlen": 1}
+    ):  # monkeypatch would delete the setting in the end, not give it back
+        _assert_close(eager, _compiled(lm, fullgraph=True))

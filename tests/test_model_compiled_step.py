@@ -164,11 +164,13 @@ def test_what_has_no_fixed_shapes_is_refused(tmp_path: Path) -> None:
             generate(model, _ids(1), GREEDY, cache=cache, compile=True)
 
 
-def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_compiler_says_so() -> None:
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    with pytest.raises(ValueError, match=r"compile=True failed .*it needs a C\+\+ compiler"):
+    nowhere = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with (
+        inductor.patch(nowhere),
+        pytest.raises(ValueError, match=r"compile=True failed .*it needs a C\+\+ compiler"),
+    ):
         generate(_model(dim=24, num_heads=2), _ids(1), GREEDY, compile=True)
