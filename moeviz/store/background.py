@@ -128,10 +128,8 @@ class BackgroundSink:
     def write(self, record: Record | Deferred) -> None:
         """Queue a record or a deferred item. Returns at once; never raises."""
         droppable = getattr(record, "droppable", None)
-        if (
-            droppable is False and not self._closing
-        ):  # what every step has: a line of its own, for it is the shortest
-            self._queue.append((record, 0))
+        if droppable is False and not self._closing:
+            self._queue.append((record, 0))  # what every step has: nothing to weigh, no lock
             return
         begin = time.perf_counter()
         if droppable is None:
@@ -238,7 +236,7 @@ class BackgroundSink:
         while True:
             seconds, pause = (
                 self._interval()
-            )  # asks the file system, so not while a `write` may wait for the lock
+            )  # may ask a slow file system: not under the lock that `write` takes
             with self._wake:
                 if (
                     self._closing
@@ -368,7 +366,7 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, PermissionError) or number == errno.EROFS:
         return "make the run folder writable and recording catches up"
     if isinstance(error, OSError):
-        return "check the file system of the run folder; recording retries every second"
+        return "check the file system of the run folder; recording tries again at every flush"
     return "what this record said is lost; details with logging level DEBUG"
 
 
