@@ -1,14 +1,21 @@
 """What recording costs training: the same steps without it, with loads only, by default, and with everything.
 
-All modes record one and the same model, in turns of random order on the same batches, so that a busy machine slows
-all alike: compare the ratios. (Equal copies of a model are not equally fast: two that nobody recorded differed by up
-to 2 %, for they lie elsewhere in memory.) A ratio is taken within each round. As the order within a round is
+All modes record one and the same model, a step each in turns of random order on the same batch, so that a busy machine
+slows all alike: compare the ratios. (Equal copies of a model are not equally fast: two that nobody recorded differed by
+up to 2 %, for they lie elsewhere in memory.) A ratio is taken within each round. As the order within a round is
 random, noise is as likely to raise a ratio as to lower it by the same factor, so the ratios of all rounds are summed
 up by the pseudo-median of their logarithms with the 95 % interval of the signed-rank test (Hodges and Lehmann 1963):
-hardly disturbed by a round in which the machine had other work, and narrower than the interval of a median. A turn
-ends with a flush that counts towards its time and its processor time, so nothing that a mode causes happens in the
-turn of another one. It is the only one of the turn, which is as long as the time between two flushes of a run that
-nobody reads; of one that is read: --turn-seconds 0.75.
+hardly disturbed by a round in which the machine had other work, and narrower than the interval of a median. Turns of
+one step see the same machine better than turns of some seconds: at 36 rounds of 17 steps the interval was twice as wide
+as at 612 rounds of one.
+
+The writer's thread works while training waits for its flush, at once for all steps between two flushes of a run that
+nobody reads (of one that is read: --flush-seconds 0.75), so nothing that a mode causes happens in the turn of another
+one. What a flush took, a step's share of it, is added to the ratio of the steps.
+
+glibc is told to keep what a step frees, as `moeviz train` tells it. Left alone it takes 100 page faults in one step of
+the demo and 4,000 in the next, by turns and not by what is recorded: 8 ms of processor time, which no ratio survives.
+--stock-memory leaves it alone all the same.
 
     python benchmarks/capture.py --minutes 20 --out capture.json       all models, types and engines
     python benchmarks/capture.py --models 24x64 --dtypes fp32 --engines torch --minutes 2
@@ -43,6 +50,7 @@ from model.lm import MoELanguageModel
 from moeviz.capture.probe import Probe
 from moeviz.policy import EVERYTHING, SamplingPolicy
 from moeviz.store import background
+from trainer.allocator import keep_freed_memory
 from trainer.config import EngineConfig, InputConfig, TrainConfig
 from trainer.engine import Engine, build_engine
 from trainer.presets import demo
@@ -91,54 +99,69 @@ recording is a larger share than of anything that is trained for its own sake.""
 
 @dataclass(eq=False)
 class Lane:
-    """One mode of recording, and what its turns took."""
+    """One mode of recording, and what its steps and flushes took."""
 
     mode: str
     engine: Engine
     probe: Probe | None
     seconds: list[float] = field(default_factory=list)
-    """Per step, by turn."""
+    """Of each step."""
     cpu_seconds: list[float] = field(default_factory=list)
-    """Per step, of the whole process with its children, by turn."""
+    """Of each step, of the whole process with its children."""
+    flush_seconds: list[float] = field(default_factory=list)
+    """Of each flush."""
+    flush_cpu_seconds: list[float] = field(default_factory=list)
     blocked_seconds: list[float] = field(default_factory=list)
     """Of each call of `Probe.step`."""
     watched_seconds: list[float] = field(default_factory=list)
-    """Per step, of the training thread in hooks on the root and in `Probe.step`, by turn."""
+    """Of each step, of the training thread in hooks on the root and in `Probe.step`."""
+    page_faults: list[int] = field(default_factory=list)
+    """Of each step."""
 
-    def turn(self, batches: Sequence[torch.Tensor], keep: bool) -> None:
-        """Train on `batches`, then flush; `keep` the times."""
-        if self.probe is not None:
-            self.probe._tap.attach()
-        self._train(batches, keep)
-        if self.probe is not None:
-            self.probe._tap.detach()
+    def turn(self, ids_BS: torch.Tensor, keep: bool) -> None:
+        """Train one step; `keep` what it took."""
+        if self.probe is None:
+            self._train(ids_BS, keep)
+            return
+        self.probe._tap.attach()
+        self._train(ids_BS, keep)
+        self.probe._tap.detach()
 
-    def _train(self, batches: Sequence[torch.Tensor], keep: bool) -> None:
-        begin, cpu_begin = time.perf_counter(), _cpu_seconds()
+    def _train(self, ids_BS: torch.Tensor, keep: bool) -> None:
+        begin, cpu_begin, faults = time.perf_counter(), _cpu_seconds(), _page_faults()
         watched = self.probe.seconds if self.probe is not None else 0.0
-        for ids_BS in batches:
-            loss = self.engine.forward(ids_BS, ids_BS.roll(-1, 1)).ce
-            assert loss is not None
-            self.engine.backward(loss)
-            self.engine.step(1e-3)
-            value = loss.item()
-            if self.probe is not None:
-                before = time.perf_counter()
-                self.probe.step(loss=value)
-                if keep:
-                    self.blocked_seconds.append(time.perf_counter() - before)
+        loss = self.engine.forward(ids_BS, ids_BS.roll(-1, 1)).ce
+        assert loss is not None
+        self.engine.backward(loss)
+        self.engine.step(1e-3)
+        value, before = loss.item(), time.perf_counter()
+        if self.probe is not None:
+            self.probe.step(loss=value)
+        end = time.perf_counter()
+        if keep:
+            self.seconds.append(end - begin)
+            self.cpu_seconds.append(_cpu_seconds() - cpu_begin)
+            self.page_faults.append(_page_faults() - faults)
+            self.blocked_seconds.append(end - before)
+            self.watched_seconds.append(self.probe.seconds - watched if self.probe is not None else 0.0)
+
+    def flush(self, keep: bool) -> None:
+        """Have the writer do all that is left to do of the steps before."""
+        begin, cpu_begin = time.perf_counter(), _cpu_seconds()
         if self.probe is not None:
             self.probe.flush()
         if keep:
-            self.seconds.append((time.perf_counter() - begin) / len(batches))
-            self.cpu_seconds.append((_cpu_seconds() - cpu_begin) / len(batches))
-            now = self.probe.seconds if self.probe is not None else 0.0
-            self.watched_seconds.append((now - watched) / len(batches))
+            self.flush_seconds.append(time.perf_counter() - begin)
+            self.flush_cpu_seconds.append(_cpu_seconds() - cpu_begin)
 
 
 def _cpu_seconds() -> float:
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 @contextmanager
@@ -178,35 +201,37 @@ class Case:
 
 
 def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator[list[dict[str, Any]]]:
-    """A row of numbers for each mode, anew after each round until `seconds` are over."""
+    """A row of numbers for each mode, anew after each flush until `seconds` are over."""
     config, deadline = case.config(options), time.monotonic() + seconds
     shape, order = (config.data.batch_size, config.data.seq_len), random.Random(0)
     generator = torch.Generator().manual_seed(1)
     with tempfile.TemporaryDirectory() as folder, _lanes(config, Path(folder), options.modes) as lanes:
 
-        def turns(steps: int, keep: bool) -> None:
-            batches = [
-                torch.randint(config.model.vocab_size, shape, generator=generator) for _ in range(steps)
-            ]
-            for lane in order.sample(lanes, len(lanes)):
-                lane.turn(batches, keep)
+        def cycle(steps: int, keep: bool) -> None:
+            """So many rounds, and a flush."""
+            for _ in range(steps):
+                ids_BS = torch.randint(config.model.vocab_size, shape, generator=generator)
+                for lane in order.sample(lanes, len(lanes)):
+                    lane.turn(ids_BS, keep)
+            for lane in lanes:
+                lane.flush(keep)
 
-        turns(2, keep=False)
+        cycle(2, keep=False)
         began = time.perf_counter()
-        turns(2, keep=False)
+        cycle(2, keep=False)
         step_seconds = (time.perf_counter() - began) / (2 * len(lanes))
-        steps = max(1, round(options.turn_seconds / step_seconds))
+        steps = max(1, round(options.flush_seconds / step_seconds))
         for number in itertools.count(1):
-            turns(steps, keep=True)
+            cycle(steps, keep=True)
             yield [_row(case, lane, lanes[0], steps) for lane in lanes]
-            if time.monotonic() > deadline and number >= options.rounds:
+            if time.monotonic() > deadline and number >= options.flushes:
                 return
 
 
 def _row(case: Case, lane: Lane, none: Lane, steps: int) -> dict[str, Any]:
-    step, step_interval = _typical(np.divide(lane.seconds, none.seconds))
-    cpu, cpu_interval = _typical(np.divide(lane.cpu_seconds, none.cpu_seconds))
-    blocked_ms = 1e3 * np.asarray(lane.blocked_seconds or [0.0])
+    step, step_interval = _ratio(lane.seconds, none.seconds, lane.flush_seconds, steps)
+    cpu, cpu_interval = _ratio(lane.cpu_seconds, none.cpu_seconds, lane.flush_cpu_seconds, steps)
+    blocked_ms = 1e3 * np.asarray(lane.blocked_seconds)
     return {
         "model": case.model,
         "dtype": case.dtype,
@@ -218,15 +243,26 @@ def _row(case: Case, lane: Lane, none: Lane, steps: int) -> dict[str, Any]:
         "cpu ms": 1e3 * float(np.median(lane.cpu_seconds)),
         "cpu x": cpu,
         "cpu 95 %": cpu_interval,
+        "flush ms": 1e3 * float(np.median(lane.flush_seconds)),
         "hooks ms": 1e3 * float(np.median(lane.watched_seconds)),
         "step() ms": float(np.median(blocked_ms)),
         "step() p99": float(np.quantile(blocked_ms, 0.99)),
-        "rounds": len(lane.seconds),
-        "steps": steps * len(lane.seconds),
+        "faults": float(np.median(lane.page_faults)),
+        "steps": len(lane.seconds),
+        "a flush": steps,
     }
 
 
-def _typical(ratios: np.ndarray) -> tuple[float, str]:
+def _ratio(
+    taken: Sequence[float], without: Sequence[float], flushes: Sequence[float], steps: int
+) -> tuple[float, str]:
+    """Steps over those of the same rounds without recording, plus their share of the flushes; and its 95 % interval."""
+    ratio, low, high = _typical(np.divide(taken, without))
+    share = float(np.median(flushes) / steps / np.median(without))
+    return ratio + share, f"{low + share:.3f}..{high + share:.3f}"
+
+
+def _typical(ratios: np.ndarray) -> tuple[float, float, float]:
     """Pseudo-median of positive ratios, and its 95 % interval (smallest and largest of fewer than six).
 
     The median of all means of two logarithms (of one with itself as well); the interval lies between the order
@@ -240,7 +276,7 @@ def _typical(ratios: np.ndarray) -> tuple[float, str]:
     spread = math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
     outside = int(len(means) / 2 - 1.959964 * spread) if n >= 6 else 0
     low, high = np.exp(means[outside]), np.exp(means[-1 - outside])
-    return float(np.exp(np.median(means))), f"{low:.3f}..{high:.3f}"
+    return float(np.exp(np.median(means))), float(low), float(high)
 
 
 def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
@@ -267,26 +303,29 @@ def _options() -> argparse.Namespace:
     modes = [mode for mode in POLICIES if mode != "none"]
     add("--modes", nargs="+", choices=modes, default=modes, help="to compare with none (default: all)")
     add("--minutes", type=float, default=5.0, help="time for all cases together (default 5)")
-    add("--rounds", type=int, default=1, help="rounds of a case at least, also beyond its time (default 1)")
+    add("--flushes", type=int, default=1, help="flushes of a case at least, also beyond its time (default 1)")
     pause = background.UNREAD_FLUSH_SECONDS
     add(
-        "--turn-seconds",
+        "--flush-seconds",
         type=float,
         default=pause,
-        help=f"length of a turn and its flush (default {pause:g})",
+        help=f"training between two flushes of a mode (default {pause:g})",
     )
     add("--batch", type=int, help="sequences a step (default: the demo's own 16, else 8)")
     add("--length", type=int, help="tokens a sequence (default 128)")
+    add("--stock-memory", action="store_true", help="do not tell glibc to keep freed memory")
     add("--threads", type=int, help="of torch (default: its own choice)")
-    add("--out", type=Path, help="write the numbers here as JSON, anew after each round")
+    add("--out", type=Path, help="write the numbers here as JSON, anew after each flush")
     return parser.parse_args()
 
 
 def main() -> None:
     options = _options()
-    background.UNREAD_FLUSH_SECONDS = math.inf  # each turn ends with its flush
+    background.UNREAD_FLUSH_SECONDS = math.inf  # `Lane.flush` alone
     logging.basicConfig(level=logging.WARNING)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not options.stock_memory and not keep_freed_memory():
+        print("the allocator here cannot be told to keep freed memory; page faults will vary")
     if options.threads:
         torch.set_num_threads(options.threads)
     before = machine()
@@ -300,7 +339,7 @@ def main() -> None:
                 save(_TITLE, [*done, *rows], bars_of([*done, *rows]), before, options.out)
                 said = ", ".join(f"{row['mode']} {row['x none']:.3f}" for row in rows[1:])
                 print(
-                    f"{case.model} {case.dtype} {case.engine}, round {rows[0]['rounds']}: {said}", flush=True
+                    f"{case.model} {case.dtype} {case.engine}, {rows[0]['steps']} steps: {said}", flush=True
                 )
             done, rows = [*done, *rows], []
     except KeyboardInterrupt:
