@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from moeviz.alerts import AlertConfig, LatentDetector, ProbeDetector, RouterDetector, RunPlan, ScalarDetector
 from moeviz.alerts.scalars import WATCHED
-from moeviz.metrics import layer_shapes, live_metrics, load
+from moeviz.metrics import layer_shapes, load
+from moeviz.metrics.load_block import LoadBlock, alike
 from moeviz.probe_history import ProbeHistory
 from moeviz.records import (
     AlertRecord,
@@ -34,9 +35,12 @@ from moeviz.records import (
 )
 
 _log = logging.getLogger(__name__)
+_Seen = TypeVar("_Seen")
 
 _BLOCKS = 10
 """Blocks of the window of `maxvio_global`."""
+_ELEMENTS = 2**16
+"""Counts [T, L, E] that are judged together at most: temporary arrays of this size stay in a core's cache."""
 
 
 class AccumulatedLoad:
@@ -70,6 +74,7 @@ class DeriveSink:
         config: AlertConfig | None = None,
         global_window: int = 200,
         on_alert: Callable[[AlertRecord], None] | None = None,
+        together: int = 1,
     ) -> None:
         """Wrap `inner`.
 
@@ -81,9 +86,15 @@ class DeriveSink:
             global_window: records over which `maxvio_global` accumulates counts.
             on_alert: called when an alert is raised, becomes graver or is cleared, for example to print it in
                 the training terminal. What it raises is logged and goes no further.
+            together: LoadRecords that are judged together at most, which costs less for each. What follows from a
+                record is written by the next `flush` at the latest. Layers of many experts are judged in smaller
+                groups.
         """
         self._inner, self._on_alert = inner, on_alert
         self._shapes = layer_shapes(info)
+        self._together = max(1, min(together, _ELEMENTS // max(1, info.num_layers * info.max_experts)))
+        self._waiting: list[LoadRecord] = []
+        """LoadRecords that were passed on and are not judged yet."""
         self._routers = RouterDetector(info, config, plan)
         self._scalars = ScalarDetector(config, plan)
         self._probe = ProbeDetector(config)
@@ -93,28 +104,41 @@ class DeriveSink:
         self._accumulated = AccumulatedLoad(global_window)
         self._last_step: dict[type, int] = {}
         self._announced: dict[str, Severity] = {}
+        self._told = False
         self.failures = 0
         """Records that nothing could be derived from, because the derivation raised."""
 
     @property
     def open_alerts(self) -> tuple[AlertRecord, ...]:
-        """Latest state of every open episode."""
+        """Latest state of every open episode, as of the records that were judged."""
         detectors = (self._routers, self._scalars, self._probe, self._latents)
         return tuple(alert for detector in detectors for alert in detector.episodes.open_alerts)
 
     def write(self, record: Record) -> None:
         """Pass `record` on, then write what follows from it. Raises only what `inner` raises."""
         self._inner.write(record)
-        for derived in self._derive(record):
-            self._inner.write(derived)
-            if isinstance(derived, AlertRecord):
-                self._announce(derived)
+        self._write_all(self._take(record))
 
     def flush(self) -> None:
+        self._write_all(self._rest())
         self._inner.flush()
 
     def close(self) -> None:
+        self._write_all(self._rest())
         self._inner.close()
+
+    def _write_all(self, derived: Iterable[Record]) -> None:
+        """Write every record, also after one that `inner` refused; then raise its first refusal."""
+        refusal: Exception | None = None
+        for record in derived:
+            try:
+                self._inner.write(record)
+            except Exception as error:
+                refusal = refusal or error
+            if isinstance(record, AlertRecord):
+                self._announce(record)
+        if refusal is not None:
+            raise refusal
 
     def replay(self, records: Iterable[Record], open_alerts: Iterable[AlertRecord] = ()) -> None:
         """Rebuild the state of an earlier attempt of the run without writing anything.
@@ -127,7 +151,8 @@ class DeriveSink:
             open_alerts: latest states of the episodes that were open then.
         """
         for record in records:
-            self._derive(record)
+            self._take(record)
+        self._rest()
         alerts = tuple(open_alerts)
         self._routers.restore(alerts)
         self._scalars.restore(alerts)
@@ -135,36 +160,60 @@ class DeriveSink:
         self._latents.restore(alerts)
         self._announced = {alert.episode: alert.severity for alert in self.open_alerts}
 
-    def _derive(self, record: Record) -> list[Record]:
+    def _take(self, record: Record) -> list[Record]:
+        """What follows from the records so far and was not told yet; LoadRecords may wait for others."""
+        if not isinstance(record, LoadRecord):
+            return self._guarded(record, self._derive, record)
+        if record.tokens <= 0:
+            return []
+        back = bool(self._waiting) and record.step < self._waiting[-1].step
+        derived = self._rest() if back else []
+        self._waiting.append(record)
+        return [*derived, *self._rest()] if len(self._waiting) >= self._together else derived
+
+    def _rest(self) -> list[Record]:
+        """What follows from the records that wait."""
+        waiting, self._waiting = self._waiting, []
+        return [
+            derived
+            for group in alike(waiting)
+            for derived in self._guarded(group[0], self._from_loads, group)
+        ]
+
+    def _guarded(self, record: Record, derive: Callable[[_Seen], list[Record]], seen: _Seen) -> list[Record]:
         try:
-            if isinstance(record, LoadRecord):
-                return self._from_loads(record)
-            if isinstance(record, ScalarRecord):
-                return [*self._rewound(record, self._scalars), *self._scalars.observe(record)]
-            if isinstance(record, ProbeRecord):
-                return self._from_probe(record)
-            if isinstance(record, LatentRecord):
-                return [*self._rewound(record, self._latents), *self._latents.observe(record)]
+            return derive(seen)
         except Exception:
-            self.failures += 1
-            if self.failures == 1:
+            self.failures += len(seen) if isinstance(seen, list) else 1
+            if not self._told:
+                self._told = True
                 kind, step = type(record).__name__, getattr(record, "step", -1)
                 _log.exception("no metrics or alerts derived from the %s of step %d", kind, step)
         return []
 
-    def _from_loads(self, record: LoadRecord) -> list[Record]:
-        if record.tokens <= 0:
-            return []
-        alerts = self._rewound(record, self._routers)
-        statistics = self._routers.statistics
-        live = live_metrics(record, *self._shapes, statistics.design_effect_L)
-        alerts += self._routers.observe(record, live)
-        share_LE = load.load_share(self._accumulated.add(record.counts_LE))
-        live["maxvio_global"] = load.maxvio(share_LE, self._shapes[0])
-        live["design_effect"] = statistics.design_effect_L
-        live["n_starved"], live["n_dead"] = self._routers.n_starved_L, self._routers.n_dead_L
-        values = {name: np.asarray(value_L, dtype=np.float32) for name, value_L in live.items()}
-        return [MetricRecord(step=record.step, values=values), *alerts]
+    def _derive(self, record: Record) -> list[Record]:
+        if isinstance(record, ScalarRecord):
+            return [*self._rewound(record, self._scalars), *self._scalars.observe(record)]
+        if isinstance(record, ProbeRecord):
+            return self._from_probe(record)
+        if isinstance(record, LatentRecord):
+            return [*self._rewound(record, self._latents), *self._latents.observe(record)]
+        return []
+
+    def _from_loads(self, records: list[LoadRecord]) -> list[Record]:
+        """Metrics and alerts of records in which training did not go back."""
+        rewound = self._rewound(records[0], self._routers)
+        self._last_step[LoadRecord] = records[-1].step
+        block = LoadBlock.of(records)
+        live, alerts_T = self._routers.observe_block(block)
+        sums_TLE = np.array([self._accumulated.add(counts_LE).copy() for counts_LE in block.counts_LE])
+        live["maxvio_global"] = load.maxvio(load.load_share(sums_TLE), self._shapes[0])
+        values = {name: np.asarray(value_TL, dtype=np.float32) for name, value_TL in live.items()}
+        derived: list[Record] = []
+        for t, (step, alerts) in enumerate(zip(block.steps, alerts_T, strict=True)):
+            of_step = {name: value_TL[t] for name, value_TL in values.items()}
+            derived += [MetricRecord(step=step, values=of_step), *([] if t else rewound), *alerts]
+        return derived
 
     def _from_probe(self, record: ProbeRecord) -> list[Record]:
         alerts = self._rewound(record, self._probe)

@@ -40,6 +40,8 @@ from moeviz.vocabulary import describe_tokenizer, token_texts
 
 _log = logging.getLogger("moeviz")
 
+_TOGETHER = 64
+"""Steps that are judged together at most; a flush judges those that wait."""
 _RULES = "alert_rules"
 """Where run.json's config keeps the thresholds of the alerts."""
 
@@ -233,7 +235,7 @@ def deriving(
     config = alerts if isinstance(alerts, AlertConfig) else None
     if alerts is False:
         inner, on_alert = _WithoutAlerts(inner), None
-    sink = DeriveSink(inner, model, plan=plan, config=config, on_alert=on_alert)
+    sink = DeriveSink(inner, model, plan=plan, config=config, on_alert=on_alert, together=_TOGETHER)
     if resume_from is not None:
         try:
             past = read_past(path, resume_from, rank)

@@ -1,31 +1,47 @@
 """From load records to alerts: statistics, rules, latches and episodes of all MoE layers together.
 
 Feed it every record of the training mixture, in step order, and nothing else: one domain alone looks like
-collapse (that is specialisation), and so does an evaluation set. All layers are judged in the same few array
-operations.
+collapse (that is specialisation), and so does an evaluation set. All layers, and all records of a block, are judged in
+the same few array operations; record by record goes only what a record hands on to the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from moeviz.alerts.circulating import circulating_readings
 from moeviz.alerts.config import AlertConfig, RunPlan
-from moeviz.alerts.drift import Drift
+from moeviz.alerts.drift import Drift, DriftCourse
 from moeviz.alerts.episodes import Episodes, Finding
 from moeviz.alerts.facts import experts_of, layer_facts
 from moeviz.alerts.latch import Latch
-from moeviz.alerts.load_rules import LoadRules, Reading, look
-from moeviz.alerts.router_rules import RouterRules
+from moeviz.alerts.load_rules import LoadRules, LoadView, look
+from moeviz.alerts.router_rules import RouterCourse, RouterRules
 from moeviz.alerts.rules import LATENT_RULES, PROBE_RULES, rule
 from moeviz.alerts.statistics import LoadStatistics
 from moeviz.metrics import layer_shapes, live_metrics, losses
+from moeviz.metrics.load_block import LoadBlock
 from moeviz.records import AlertRecord, LoadRecord, ModelInfo
 
 _RECENT = 20
 """Newest values of the watched quantity that travel with an alert."""
+_NO_CHANGE = np.zeros((0, 2), dtype=np.int64)
+
+
+class _Course(NamedTuple):
+    """What was seen of T records, R rules and L layers."""
+
+    statistics: LoadStatistics
+    view: LoadView
+    drift: DriftCourse
+    routers: RouterCourse
+    rules: list[str]
+    raise_RTL: np.ndarray
+    value_RTL: np.ndarray
+    threshold_RTL: np.ndarray
 
 
 class RouterDetector:
@@ -54,18 +70,28 @@ class RouterDetector:
         self._rows: list[tuple[str, int]] = []
         self._peak_RL, self._sign_R1 = np.zeros((0, 0)), np.zeros((0, 1))
 
-    def observe(self, record: LoadRecord, live: dict[str, np.ndarray] | None = None) -> list[AlertRecord]:
-        """Judge one record.
+    def observe(self, record: LoadRecord) -> list[AlertRecord]:
+        """Judge one record."""
+        return self.observe_block(LoadBlock.of([record]))[1][0]
 
-        `live` are its metrics where the caller has them already (`metrics.live_metrics`).
+    def observe_block(self, block: LoadBlock) -> tuple[dict[str, np.ndarray], list[list[AlertRecord]]]:
+        """Judge T records; steps do not fall within them.
+
+        Returns their live metrics, [T, L] by id (those of `metrics.live_metrics`, with the design effect that was
+        known before each record, and `design_effect`, `n_starved`, `n_dead` after it), and the alerts of each record.
         """
-        self.statistics.update(record.counts_LE)
-        if live is None:
-            live = live_metrics(record, *self._shapes, self.statistics.design_effect_L)
-        self._view = look(self.statistics, self.config)
+        before_L = self.statistics.design_effect_L
+        course = self.statistics.follow(block.counts_LE)
+        known_TL = np.concatenate([before_L[None], course.design_effect_L[:-1]])
+        live = live_metrics(block, *self._shapes, known_TL)
+        view = look(course, self.config)
+        self._view = view.at(-1)
         with np.errstate(invalid="ignore"):
-            readings = self._readings(record, live)
-        return self._transitions(readings, record.step)
+            alerts = self._judge(block, live, course, view)
+        live["design_effect"] = course.design_effect_L
+        live["n_starved"] = course.experts_below(course.starved_line_L, view.lowest_L)
+        live["n_dead"] = view.dead_L
+        return live, alerts
 
     @property
     def n_starved_L(self) -> np.ndarray:
@@ -95,71 +121,88 @@ class RouterDetector:
         self.restart()
         return closed
 
-    def _readings(self, record: LoadRecord, live: dict[str, np.ndarray]) -> list[Reading]:
-        statistics, config = self.statistics, self.config
-        armed_L = (statistics.seen_L >= config.arm_after) & (statistics.assignments_L > 0)
-        gap_nats_L = (1 - live["load_entropy"]) * self._most_nats_L
-        self._drift.update(gap_nats_L, self._view.util_L, armed_L, record.step)
-        readings = self._loads.readings(statistics, self._drift, self._view)
-        readings += self._routers.readings(record, live, statistics.design_effect_L, self._shapes)
+    def _judge(
+        self, block: LoadBlock, live: dict[str, np.ndarray], statistics: LoadStatistics, view: LoadView
+    ) -> list[list[AlertRecord]]:
+        config = self.config
+        armed_TL = (statistics.seen_L >= config.arm_after) & (statistics.assignments_L > 0)
+        gap_nats_TL = (1 - live["load_entropy"]) * self._most_nats_L
+        drift = self._drift.follow(gap_nats_TL, view.util_L, armed_TL, block.steps)
+        readings = self._loads.readings(statistics, drift, view)
+        of_routers, routers = self._routers.readings(block, live, statistics.design_effect_L, self._shapes)
+        readings += of_routers
         if config.circulating:
-            readings += circulating_readings(live, armed_L, self._shapes[0], config, self.plan.z_coef)
-        return readings
-
-    def _transitions(self, readings: list[Reading], step: int) -> list[AlertRecord]:
+            readings += circulating_readings(live, armed_TL, self._shapes[0], config, self.plan.z_coef)
         if self._latch is None:
             self._rows = [(reading.rule, reading.level) for reading in readings]
             self._latch = self._new_latch()
             self._adopt()
-        raised, cleared = self._latch.update(
-            self._table([reading.raise_L for reading in readings]),
-            self._table([reading.clear_L for reading in readings]),
-            self._table([reading.judged_L for reading in readings]),
-            step,
-            keep_RL=self._rows_of([reading.keep_L for reading in readings], False),
-            weight_RL=self._rows_of([reading.weight_L for reading in readings], 1.0),
-        )
-        self._remember(readings)
+        length = len(block.steps)
+        raise_RTL = self._table([reading.raise_L for reading in readings], length, False)
+        value_RTL = self._table([reading.value_L for reading in readings], length, 0.0)
+        judged_RTL = self._table([reading.judged_L for reading in readings], length, False)
+        threshold_RTL = self._table([reading.threshold_L for reading in readings], length, 0.0)
+        names = [reading.rule for reading in readings]
+        course = _Course(statistics, view, drift, routers, names, raise_RTL, value_RTL, threshold_RTL)
+        still = self._latch.is_still and not (raise_RTL & judged_RTL).any()
+        if not still:  # seldom in a healthy run
+            clear_RTL = self._table([reading.clear_L for reading in readings], length, False)
+            keep_RTL = self._table([reading.keep_L for reading in readings], length, False)
+            weight_RTL = self._table([reading.weight_L for reading in readings], length, 1.0)
+        alerts = []
+        for t, step in enumerate(block.steps):
+            raised, cleared = _NO_CHANGE, _NO_CHANGE
+            if not still:
+                raised, cleared = self._latch.update(
+                    raise_RTL[:, t],
+                    clear_RTL[:, t],
+                    judged_RTL[:, t],
+                    step,
+                    keep_RL=keep_RTL[:, t],
+                    weight_RL=weight_RTL[:, t],
+                )
+            self._remember(value_RTL[:, t])
+            alerts.append(self._transitions(course, t, raised, cleared, step))
+        return alerts
+
+    def _transitions(
+        self, course: _Course, t: int, raised: np.ndarray, cleared: np.ndarray, step: int
+    ) -> list[AlertRecord]:
+        """What record `t` changed about the alerts. `raised` and `cleared`: (rule, layer), int [n, 2]."""
         due = self.episodes.tick()
         records = self.episodes.promote(step)
         for row, layer in raised.tolist():
-            finding = self._finding(readings[row], row, layer, step)
-            change = self.episodes.escalate if readings[row].level else self.episodes.raise_
+            finding = self._finding(course, t, row, layer, step)
+            change = self.episodes.escalate if self._rows[row][1] else self.episodes.raise_
             records += change(finding, step)
         for row, layer in cleared.tolist():
-            if not readings[row].level:
-                value = float(readings[row].value_L[layer])
-                records += self.episodes.clear(readings[row].rule, layer, step, value)
+            if not self._rows[row][1]:
+                value = float(course.value_RTL[row, t, layer])
+                records += self.episodes.clear(course.rules[row], layer, step, value)
         for rule_id, layer in due:
             if layer is not None and self.episodes.is_open(rule_id, layer):
                 row = self._rows.index((rule_id, 0))
-                if not readings[row].raise_L[layer]:
+                if not course.raise_RTL[row, t, layer]:
                     continue  # between the two lines: nothing new to say
-                experts = experts_of(rule_id, layer, self.statistics, self.config)
+                experts = experts_of(rule_id, layer, course.statistics.at(t), self.config)
                 if self.episodes.has_news(rule_id, layer, float(self._peak_RL[row, layer]), experts):
-                    records += self.episodes.update(self._finding(readings[row], row, layer, step), step)
+                    records += self.episodes.update(self._finding(course, t, row, layer, step), step)
         return records
 
-    def _table(self, rows: list[np.ndarray]) -> np.ndarray:
-        """One array [R, L]; a third of the time of `np.stack`."""
-        return np.concatenate(rows).reshape(len(rows), self._info.num_layers)
+    def _table(self, rows: list[np.ndarray | None], length: int, without: bool | float) -> np.ndarray:
+        """One array [R, T, L] of what each rule says, [L] or [T, L]; `without` where it says nothing."""
+        table_RTL = np.empty((len(rows), length, self._info.num_layers), dtype=type(without))
+        for row, values in enumerate(rows):
+            table_RTL[row] = without if values is None else values
+        return table_RTL
 
-    def _rows_of(self, rows: list[np.ndarray | None], without: bool | float) -> np.ndarray:
-        """One array [R, L] of what each rule says; `without` where it says nothing."""
-        table_RL = np.full((len(rows), self._info.num_layers), without)
-        for row, values_L in enumerate(rows):
-            if values_L is not None:
-                table_RL[row] = values_L
-        return table_RL
-
-    def _remember(self, readings: list[Reading]) -> None:
+    def _remember(self, value_RL: np.ndarray) -> None:
         """Keep the newest values and the worst value since each condition last began to hold."""
-        value_RL = self._table([reading.value_L for reading in readings])
         self._recent_TRL[self._records % _RECENT] = value_RL
         self._records += 1
         assert self._latch is not None
-        kept_RL = self._latch.active_RL | self._latch.holding_RL
-        if kept_RL.any():
+        if not self._latch.is_still:
+            kept_RL = self._latch.active_RL | self._latch.holding_RL
             better_RL = self._sign_R1 * value_RL < self._sign_R1 * self._peak_RL
             value_RL = np.where(kept_RL & better_RL, self._peak_RL, value_RL)
         self._peak_RL = value_RL
@@ -184,25 +227,26 @@ class RouterDetector:
                 if alert.layer is not None and (alert.rule, 0) in self._rows:
                     self._latch.reset(self._rows.index((alert.rule, 0)), alert.layer, active=True)
 
-    def _finding(self, reading: Reading, row: int, layer: int, step: int) -> Finding:
+    def _finding(self, course: _Course, t: int, row: int, layer: int, step: int) -> Finding:
         assert self._latch is not None
-        statistics, config = self.statistics, self.config
-        experts = experts_of(reading.rule, layer, statistics, config)
-        since = self._drift.since_L if reading.rule == "LOAD_DRIFT" else self._latch.since_RL[row]
-        if since[layer] < 0:  # the condition began before a restart
-            since = np.full_like(since, self.episodes.raised_step(reading.rule, layer, step))
-        facts = layer_facts(layer, experts, statistics, self._view, self._routers) | {
+        rule_id, statistics = course.rules[row], course.statistics.at(t)
+        experts = experts_of(rule_id, layer, statistics, self.config)
+        held_since_L = course.drift.since_TL[t] if rule_id == "LOAD_DRIFT" else self._latch.since_RL[row]
+        since = int(held_since_L[layer])
+        if since < 0:  # the condition began before a restart
+            since = self.episodes.raised_step(rule_id, layer, step)
+        facts = layer_facts(layer, experts, statistics, course.view.at(t), course.routers, t) | {
             "step": step,
-            "since": int(since[layer]),
-            "value": float(reading.value_L[layer]),
-            "threshold": float(reading.threshold_L[layer]),
+            "since": since,
+            "value": float(course.value_RTL[row, t, layer]),
+            "threshold": float(course.threshold_RTL[row, t, layer]),
             "progress": step / (self.plan.planned_steps or max(step, 1)),
         }
         facts["rounding"] = losses.bf16_rounding(facts["value"])
         order_T = np.arange(self._records - _RECENT, self._records) % _RECENT
         recent_T = self._recent_TRL[order_T, row, layer]
         return Finding(
-            rule=reading.rule,
+            rule=rule_id,
             layer=layer,
             value=facts["value"],
             peak=float(self._peak_RL[row, layer]),

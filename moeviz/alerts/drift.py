@@ -7,15 +7,26 @@ and may relax later, and it is from its best that a layer drifts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 from moeviz.alerts.config import AlertConfig
 
 
+class DriftCourse(NamedTuple):
+    """What the rule looks at, after each of T records; as in `Drift`."""
+
+    sum_TL: np.ndarray
+    since_TL: np.ndarray
+    best_util_TL: np.ndarray
+
+
 class Drift:
     """CUSUM of L layers.
 
-    `update` takes one record, `sum_L` is the statistic in robust standard deviations.
+    `update` takes one record, `follow` several; `sum_L` is the statistic in robust standard deviations.
     """
 
     def __init__(self, num_layers: int, config: AlertConfig) -> None:
@@ -31,6 +42,16 @@ class Drift:
         self._util_TL = np.full((config.drift_baseline, num_layers), np.nan)
         self._filled = 0
 
+    def follow(
+        self, gap_nats_TL: np.ndarray, util_TL: np.ndarray, armed_TL: np.ndarray, steps: Sequence[int]
+    ) -> DriftCourse:
+        """Feed T records as `update` takes them."""
+        rows = []
+        for gap_nats_L, util_L, armed_L, step in zip(gap_nats_TL, util_TL, armed_TL, steps, strict=True):
+            self.update(gap_nats_L, util_L, armed_L, step)
+            rows.append((self.sum_L, self.since_L, self.best_util_L))
+        return DriftCourse(*map(np.array, zip(*rows, strict=True)))
+
     def update(self, gap_nats_L: np.ndarray, util_L: np.ndarray, armed_L: np.ndarray, step: int) -> None:
         """Feed ln E - H of a step and the smoothed utilisation; layers that are not armed stand still."""
         if not armed_L.any():
@@ -42,7 +63,7 @@ class Drift:
         grown_L = self.sum_L + score_L - self._config.drift_slack
         grown_L = np.minimum(np.maximum(grown_L, 0), 4 * self._config.drift_limit)
         grown_L = np.where(np.isnan(score_L), self.sum_L, grown_L)
-        self.since_L[(grown_L > 0) & (self.sum_L == 0)] = step
+        self.since_L = np.where((grown_L > 0) & (self.sum_L == 0), step, self.since_L)
         self.sum_L = grown_L
         self._collect(x_L, util_L)
 

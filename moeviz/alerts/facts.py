@@ -8,7 +8,7 @@ import numpy as np
 
 from moeviz.alerts.config import AlertConfig
 from moeviz.alerts.load_rules import LoadView
-from moeviz.alerts.router_rules import RouterRules
+from moeviz.alerts.router_rules import RouterCourse
 from moeviz.alerts.statistics import LoadStatistics
 
 _NAMED = 8
@@ -31,13 +31,18 @@ def experts_of(rule_id: str, layer: int, statistics: LoadStatistics, config: Ale
 
 
 def layer_facts(
-    layer: int, experts: tuple[int, ...], statistics: LoadStatistics, view: LoadView, routers: RouterRules
+    layer: int,
+    experts: tuple[int, ...],
+    statistics: LoadStatistics,
+    view: LoadView,
+    routers: RouterCourse,
+    t: int,
 ) -> dict[str, Any]:
-    """Fields of the messages and remedies of `rules.RULES` that describe a layer."""
+    """Fields of the messages and remedies of `rules.RULES` that describe a layer, after record `t` of the course."""
     num_experts, top_k = int(statistics.num_experts_L[layer]), int(statistics.top_k_L[layer])
     mean_E = statistics.mean_LE[layer, :num_experts]
     lowest, busiest = int(mean_E.argmin()), int(mean_E.argmax())
-    u, span = float(routers.bias_step_L[layer]), float(routers.bias_span_L[layer])
+    u, span = float(routers.bias_step_TL[t, layer]), float(routers.bias_span_TL[t, layer])
     known = np.isfinite(u) and u > 0
     return {
         "layer": layer,
@@ -51,7 +56,7 @@ def layer_facts(
         "busiest": busiest,
         "busiest_coverage": float(mean_E[busiest]) * top_k / num_experts,
         "others": others(experts),
-        "expected_drop": float(routers.expected_drop_L[layer]),
+        "expected_drop": float(routers.expected_drop_TL[t, layer]),
         "swing_cause": _swing_cause(u if known else None, np.isfinite(span)),
         "bias_lead": f", {span / u:.0f} updates of u = {u:.2g}" if known and np.isfinite(span) else "",
         "name": "A router sum",

@@ -32,6 +32,11 @@ class Latch:
         """Where the raise condition held on the last judged record."""
         return self._held_RL > 0
 
+    @property
+    def is_still(self) -> bool:
+        """Whether no condition is on or has begun to hold: until one is raised, nothing can change."""
+        return not (self._held_RL.any() or self.active_RL.any())
+
     def update(
         self,
         raise_RL: np.ndarray,
@@ -55,7 +60,7 @@ class Latch:
             weight_RL: what a record counts for in its row; None: 1.
         """
         starting_RL = raise_RL & judged_RL
-        if not (starting_RL.any() or self._held_RL.any() or self.active_RL.any()):
+        if not starting_RL.any() and self.is_still:
             return _NOTHING, _NOTHING  # most records of a healthy run
         going_RL = raise_RL if keep_RL is None else raise_RL | (keep_RL & (self._held_RL > 0))
         longer_RL = self._held_RL + (1 if weight_RL is None else weight_RL)

@@ -1,5 +1,7 @@
 """The conditions of the load rules, as arrays over layers: when each is raised, when it is calm again.
 
+Several records are judged together: then arrays have a leading axis T, where they depend on the record.
+
 Layers in which every token uses every expert (E = k) have nothing to balance and are never judged.
 """
 
@@ -10,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from moeviz.alerts.config import AlertConfig
-from moeviz.alerts.drift import Drift
+from moeviz.alerts.drift import DriftCourse
 from moeviz.alerts.statistics import LoadStatistics
 from moeviz.metrics import load
 
 
 class Reading(NamedTuple):
-    """One rule on one record, for every layer."""
+    """One rule for every layer: on one record, or with a leading axis on several."""
 
     rule: str
     raise_L: np.ndarray
@@ -33,7 +35,7 @@ class Reading(NamedTuple):
 
 
 class LoadView(NamedTuple):
-    """What the load rules look at, from smoothed loads."""
+    """What the load rules look at, from smoothed loads: [L], or [T, L] of a course."""
 
     lowest_L: np.ndarray
     """Smallest relative load."""
@@ -42,6 +44,10 @@ class LoadView(NamedTuple):
     excess_L: np.ndarray
     dead_L: np.ndarray
     """Number of dead experts."""
+
+    def at(self, t: int) -> LoadView:
+        """Of a course: the view after record `t`."""
+        return LoadView(*(values_TL[t] for values_TL in self))
 
 
 def look(statistics: LoadStatistics, config: AlertConfig) -> LoadView:
@@ -54,12 +60,12 @@ def look(statistics: LoadStatistics, config: AlertConfig) -> LoadView:
         n_eff_L=n_eff_L,
         util_L=load.utilisation(n_eff_L, top_k_L, width_L),
         excess_L=load.excess(mean_LE.max(axis=-1) - 1, top_k_L, width_L),
-        dead_L=statistics.experts_below(np.full(len(lowest_L), config.dead_line), lowest_L),
+        dead_L=statistics.experts_below(np.full(len(width_L), config.dead_line), lowest_L),
     )
 
 
 class LoadRules:
-    """The six load rules for layers of these shapes; `readings` takes the current statistics."""
+    """The six load rules for layers of these shapes; `readings` takes a course of statistics."""
 
     def __init__(self, num_experts_L: np.ndarray, top_k_L: np.ndarray, config: AlertConfig) -> None:
         self._config = config
@@ -70,8 +76,8 @@ class LoadRules:
         self._drift_line_L = config.drift_limit * self._one_L
         self._swing_line_L = config.swing_amplitude * self._one_L
 
-    def readings(self, statistics: LoadStatistics, drift: Drift, view: LoadView) -> list[Reading]:
-        """Every rule on the current statistics."""
+    def readings(self, statistics: LoadStatistics, drift: DriftCourse, view: LoadView) -> list[Reading]:
+        """Every rule on a course of statistics."""
         config = self._config
         judged_L = self._has_choice_L & (statistics.seen_L >= config.arm_after)
         known_L = statistics.seen_L > config.arm_after + config.raise_after
@@ -144,15 +150,15 @@ class LoadRules:
             threshold_L=self._one_L,
         )
 
-    def _drift(self, drift: Drift, view: LoadView, judged_L: np.ndarray) -> Reading:
+    def _drift(self, drift: DriftCourse, view: LoadView, judged_L: np.ndarray) -> Reading:
         config = self._config
-        fallen_L = drift.best_util_L - view.util_L >= config.drift_util_drop
+        fallen_L = drift.best_util_TL - view.util_L >= config.drift_util_drop
         return Reading(
             "LOAD_DRIFT",
-            raise_L=(drift.sum_L > config.drift_limit) & fallen_L,
-            clear_L=drift.sum_L == 0,
+            raise_L=(drift.sum_TL > config.drift_limit) & fallen_L,
+            clear_L=drift.sum_TL == 0,
             judged_L=judged_L,
-            value_L=drift.sum_L,
+            value_L=drift.sum_TL,
             threshold_L=self._drift_line_L,
         )
 

@@ -8,6 +8,8 @@ a CUSUM of the load entropy. L layers, E experts; columns past a layer's own num
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 from moeviz.alerts.config import AlertConfig
@@ -15,10 +17,15 @@ from moeviz.metrics import load
 
 _OUTLIER = 10.0
 """One difference counts as at most this many times its expected square: a jump is not noise."""
+_JUDGED = (
+    "seen_L", "assignments_L", "even_total_L", "mean_LE", "swing_L", "swing_noise_L", "autocorr_L",
+    "design_effect_L", "_unit_variance_L",
+)  # fmt: skip
+"""What the rules look at after a record."""
 
 
 class LoadStatistics:
-    """Running statistics of L layers. Call `update` once a record; read the attributes afterwards."""
+    """Running statistics of L layers. Call `update` once a record, or `follow` with several; read the attributes."""
 
     def __init__(self, num_experts_L: np.ndarray, top_k_L: np.ndarray, config: AlertConfig) -> None:
         self.num_experts_L = num_experts_L
@@ -52,6 +59,24 @@ class LoadStatistics:
         self._last_LE, self._before_LE, self._gap_LE, self._square_LE = np.zeros((4, layers, width))
         self._square2_L, self._swing2_L, self._covariance_L, self._unit_variance_L = np.zeros((4, layers))
 
+    def follow(self, counts_TLE: np.ndarray) -> LoadStatistics:
+        """Take in T records; returns the course: a copy whose attributes have a leading axis, a row after each."""
+        rows = []
+        for counts_LE in counts_TLE:
+            self.update(counts_LE)
+            rows.append([getattr(self, name) for name in _JUDGED])
+        course = copy.copy(self)
+        for name, values in zip(_JUDGED, zip(*rows, strict=True), strict=True):
+            setattr(course, name, np.array(values))
+        return course
+
+    def at(self, t: int) -> LoadStatistics:
+        """Of a course: the statistics after record `t`."""
+        then = copy.copy(self)
+        for name in _JUDGED:
+            setattr(then, name, getattr(self, name)[t])
+        return then
+
     def update(self, counts_LE: np.ndarray) -> None:
         """Take in the assignment counts of one record. Layers without assignments keep their state."""
         self.assignments_L = np.asarray(counts_LE).sum(axis=-1).astype(np.float64)
@@ -60,8 +85,9 @@ class LoadStatistics:
             rel_LE = counts_LE * (self.num_experts_L / self.assignments_L)[:, None]
         if not fresh_L.all():
             rel_LE = np.where(fresh_L[:, None], rel_LE, self._last_LE)
-        self.seen_L += fresh_L
-        self.even_total_L += self.assignments_L / self.num_experts_L
+        # What a course keeps is made anew, never changed.
+        self.seen_L = self.seen_L + fresh_L
+        self.even_total_L = self.even_total_L + self.assignments_L / self.num_experts_L
         self._smooth(rel_LE, fresh_L)
 
     def _smooth(self, rel_LE: np.ndarray, fresh_L: np.ndarray) -> None:
@@ -71,7 +97,7 @@ class LoadStatistics:
         self.window_L = np.where(fresh_L, np.maximum(config.window_min, planned_L), self.window_L)
         gap_LE = rel_LE - self.mean_LE
         alpha_L = 2 / (self.window_L + 1)
-        self.mean_LE += self._weight(alpha_L, fresh_L)[:, None] * gap_LE
+        self.mean_LE = self.mean_LE + self._weight(alpha_L, fresh_L)[:, None] * gap_LE
         # A gap before the mean has settled would count as a swing.
         swinging_L = fresh_L & (self.seen_L > config.window_min // 2)
         self._swing(gap_LE, alpha_L * swinging_L)
@@ -159,8 +185,9 @@ class LoadStatistics:
 
     def experts_below(self, line_L: np.ndarray, lowest_L: np.ndarray) -> np.ndarray:
         """int64 [L]: experts whose smoothed load is below the line of their layer; `lowest_L` is the smallest load."""
-        found_L = np.zeros(len(line_L), dtype=np.int64)
-        if (rows := np.flatnonzero(lowest_L < line_L)).size:
-            below_XE = (self.mean_LE[rows] < line_L[rows, None]) & self._mask_LE[rows]
+        found_L = np.zeros(lowest_L.shape, dtype=np.int64)
+        rows = np.nonzero(lowest_L < line_L)
+        if rows[-1].size:
+            below_XE = (self.mean_LE[rows] < line_L[rows[-1], None]) & self._mask_LE[rows[-1]]
             found_L[rows] = below_XE.sum(axis=-1)
         return found_L

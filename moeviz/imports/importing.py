@@ -215,7 +215,7 @@ def _write(
             planned_steps=len(recording.steps),
         ),
     )
-    sink = DeriveSink(_WithoutAlerts(SegmentWriter(folder, sidecar=False)), recording.model)
+    sink = DeriveSink(_WithoutAlerts(SegmentWriter(folder, sidecar=False)), recording.model, together=64)
     first, last = recording.steps[0], recording.steps[-1]
     detail = {
         **imported,

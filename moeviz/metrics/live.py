@@ -1,4 +1,4 @@
-"""The metrics of one training step, for all layers at once, from the sums of a LoadRecord.
+"""The metrics of one training step or of several, for all layers at once, from the sums of LoadRecords.
 
 Only sums travel from the device, so only quantities that are functions of sums can be complete for every
 step. What needs token-level scores (selection margin of each token, churn, co-activation) is computed from
@@ -11,6 +11,7 @@ import numpy as np
 
 from moeviz.metrics import capacity, load, losses, noise
 from moeviz.metrics.load import Experts
+from moeviz.metrics.load_block import LoadBlock
 from moeviz.records import LoadRecord, ModelInfo
 
 _MEANS = {"lse_squared": "z_loss", "confidence": "route_conf", "margin": "margin"}
@@ -24,18 +25,20 @@ def layer_shapes(info: ModelInfo) -> tuple[np.ndarray, np.ndarray]:
 
 
 def live_metrics(
-    record: LoadRecord,
+    record: LoadRecord | LoadBlock,
     num_experts_L: np.ndarray,
     top_k_L: np.ndarray,
     design_effect_L: np.ndarray | float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Metrics of one step, float64 [L] by id of METRICS; an id whose sums were not recorded is absent.
 
+    Of a block of T steps: [T, L].
+
     Args:
-        record: the sums of the step, with at least one token.
+        record: the sums of the step, with at least one token; or those of a block of such steps.
         num_experts_L: experts of each layer; columns of the record past it are padding.
         top_k_L: active experts per token of each layer.
-        design_effect_L: D of `noise`, for the noise floor and the noise-corrected CV^2.
+        design_effect_L: D of `noise`, for the noise floor and the noise-corrected CV^2; of a block [T, L].
     """
     # Layers of one width need neither a mask nor a width for each row.
     columns = record.counts_LE.shape[-1]
@@ -54,7 +57,7 @@ def live_metrics(
 
 def _balance(
     share_LE: np.ndarray,
-    tokens: int,
+    tokens: int | np.ndarray,
     widths: Experts,
     top_k_L: np.ndarray,
     design_effect_L: np.ndarray | float,
@@ -83,7 +86,9 @@ def _balance(
     }
 
 
-def _decisions(record: LoadRecord, share_LE: np.ndarray, widths: Experts) -> dict[str, np.ndarray]:
+def _decisions(
+    record: LoadRecord | LoadBlock, share_LE: np.ndarray, widths: Experts
+) -> dict[str, np.ndarray]:
     means = {
         name: np.asarray(total, dtype=np.float64) / record.tokens for name, total in record.token_sums.items()
     }
@@ -93,7 +98,7 @@ def _decisions(record: LoadRecord, share_LE: np.ndarray, widths: Experts) -> dic
     if "entropy_nats" in means:
         values["route_entropy"] = load.normalised_entropy(means["entropy_nats"], widths)
     if record.prob_sum_LE is not None:
-        mean_prob_LE = record.prob_sum_LE.astype(np.float64) / record.tokens
+        mean_prob_LE = record.prob_sum_LE.astype(np.float64) / np.asarray(record.tokens)[..., None]
         values["aux_switch"] = losses.aux_switch(share_LE, mean_prob_LE, widths)
         if "entropy_nats" in means:
             values["route_mi"] = np.maximum(load.entropy_nats(mean_prob_LE) - means["entropy_nats"], 0)
