@@ -125,11 +125,11 @@ def test_what_follows_is_told_by_the_next_flush_and_after_the_records_themselves
 
 
 def test_wide_layers_are_judged_in_small_groups() -> None:
-    layers = tuple(LayerInfo(layer=i, name=str(i), block=i, num_experts=256, top_k=8) for i in range(48))
+    layers = tuple(LayerInfo(layer=i, name=str(i), block=i, num_experts=128, top_k=8) for i in range(24))
     rng, sink = np.random.default_rng(0), ListSink()
     derive = DeriveSink(sink, ModelInfo(family="t", layers=layers), together=64)
     for step in range(12):
-        derive.write(load_record(step, rng.multinomial(4096, np.full(256, 1 / 256), size=48), 8))
+        derive.write(load_record(step, rng.multinomial(4096, np.full(128, 1 / 128), size=24), 8))
     assert len(sink.of(MetricRecord)) == 10
 
 
