@@ -365,14 +365,16 @@ def layer(config: ModelConfig, dtype: str, rounds: int) -> tuple[list[dict[str, 
     experts.to(DTYPES[dtype])
     tokens, rows = BATCH * LENGTH, BATCH * LENGTH * config.top_k
     x_TD = torch.randn(tokens, config.dim, dtype=DTYPES[dtype], requires_grad=True)
-    ids_TK = torch.rand(tokens, config.num_experts).argsort(dim=-1)[:, : config.top_k]
+    routing = iter(
+        [torch.rand(tokens, config.num_experts).argsort(dim=-1)[:, : config.top_k] for _ in range(rounds + 1)]
+    )  # loads of their own for each round, as training has them
     weights_TK = torch.rand(tokens, config.top_k)
     x_ND = torch.randn(rows, config.dim, dtype=DTYPES[dtype], requires_grad=True)
     into = torch.randn(2 * config.expert_dim, config.dim, dtype=DTYPES[dtype], requires_grad=True)
     out_of = torch.randn(config.dim, config.expert_dim, dtype=DTYPES[dtype], requires_grad=True)
 
     def sparse() -> None:
-        experts(x_TD, ids_TK, weights_TK).float().square().sum().backward()
+        experts(x_TD, next(routing), weights_TK).float().square().sum().backward()
 
     def dense() -> None:
         gate, up = F.linear(x_ND, into).chunk(2, dim=-1)

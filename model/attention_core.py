@@ -114,6 +114,8 @@ class SdpaCore(AttentionCore):
             q_BHSD, k_BGCD, v_BGCD = with_sink_key(q_BHSD, k_BGCD, v_BGCD, sinks_H / self.softmax_scale)
             visible = F.pad(visible, (1, 0), value=True)
         width = v_BGCD.shape[-1]
+        if queries == 1 and torch.compiler.is_compiling() and q_BHSD.device.type == "cpu":
+            return one_query(q_BHSD, k_BGCD, v_BGCD, visible, self.softmax_scale)
         q_BHSD, k_BGCD, v_BGCD = of_one_width(q_BHSD, k_BGCD, v_BGCD)
         out_BHSD = F.scaled_dot_product_attention(
             q_BHSD,
@@ -127,6 +129,22 @@ class SdpaCore(AttentionCore):
             enable_gqa=q_BHSD.shape[1] != k_BGCD.shape[1],
         )
         return out_BHSD[..., :width]
+
+
+def one_query(
+    q_BH1D: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, visible: Tensor | None, softmax_scale: float
+) -> Tensor:
+    """The formula for one query, [B, H, 1, width of a value], as products and sums that a compiler fuses.
+
+    A compiled step of a small model takes a fifth to a third less time with it than with torch's kernel.
+    """
+    q_BGQ1D = at_least_float32(q_BH1D).unflatten(1, (k_BGCD.shape[1], -1))
+    scores_BHC = (q_BGQ1D * at_least_float32(k_BGCD)[:, :, None]).sum(dim=-1).flatten(1, 2) * softmax_scale
+    if visible is not None:
+        scores_BHC = scores_BHC.masked_fill(~visible[:, :, 0], float("-inf"))
+    weights_BGQC = scores_BHC.softmax(dim=-1).unflatten(1, (k_BGCD.shape[1], -1))
+    out_BGQD = (weights_BGQC[..., None] * at_least_float32(v_BGCD)[:, :, None]).sum(dim=-2)
+    return out_BGQD.flatten(1, 2)[:, :, None].to(q_BH1D.dtype)
 
 
 def of_one_width(q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Attention, set_attention_core
-from model.attention_core import EagerCore, SdpaCore
+from model.attention_core import EagerCore, SdpaCore, one_query
 from model.config import ModelConfig
 from model.lm import MoELanguageModel
 from model.rope import rope_tables
@@ -50,6 +50,21 @@ def test_cores_equal_the_formula(core: Any, kv_heads: int, queries: int, keys: i
     valid_BC = torch.arange(keys) >= torch.tensor([[2], [0]]) if padded else None
     actual = core(_config(kv_heads))(q, k, v, valid_BC)
     torch.testing.assert_close(actual, _formula(q.detach(), k.detach(), v.detach(), valid_BC))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_query_is_the_formula(kv_heads: int, padded: bool) -> None:
+    q, k, v = (each.detach() for each in _qkv(kv_heads, 1, 5))
+    v = torch.cat((v, v[..., :3].square()), dim=-1)  # values of a width of their own
+    valid_BC = torch.arange(5) >= torch.tensor([[2], [0]]) if padded else None
+    visible = None if valid_BC is None else valid_BC[:, None, None]
+    got = one_query(q, k, v, visible, WIDTH**-0.5)
+    for part in (slice(WIDTH), slice(3, None)):  # the formula has values of the width of keys
+        torch.testing.assert_close(got[..., part], _formula(q, k, v[..., part], valid_BC))
+    half = one_query(q.bfloat16(), k.bfloat16(), v.bfloat16(), visible, WIDTH**-0.5)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), got, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import model.experts
 from model.config import ModelConfig
 from model.expert_config import ExpertConfig
-from model.experts import GroupedExperts, count_experts, dispatch, rows_of
+from model.experts import GroupedExperts, count_experts, dispatch, row_multiple, rows_of
 
 CASES = {
     "E4 K2": (4, 2),
@@ -112,6 +114,40 @@ def test_each_row_gets_the_values_of_its_expert(ends: list[int]) -> None:
     assert torch.equal(rows_NX, values_EX[expected])
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_fill_up_change_nothing(
+    case: str, kind: ExpertConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.experts, "row_multiple", lambda *_: 4)
+    num_experts, top_k = CASES[case]
+    _compare(_experts(num_experts, top_k, kind=kind), *_routing(7, num_experts, top_k))
+
+
+def test_only_bfloat16_on_a_cpu_is_filled_up_and_by_little() -> None:
+    x_TD = torch.ones(1, 8, dtype=torch.bfloat16)
+    assert row_multiple(x_TD.float(), 4096, 8) == row_multiple(x_TD.to("meta"), 4096, 8) == 1
+    assert row_multiple(x_TD, 100, 8) == 1
+    for mean in (40, 64, 512, 2048):
+        multiple = row_multiple(x_TD, 8 * mean, 8)
+        assert 16 <= multiple <= mean / 2
+        assert multiple.bit_count() == 1
+
+
+def test_filled_up_experts_in_bfloat16_stay_near_float64() -> None:
+    exact, rounded = _experts(4, 2), _experts(4, 2, torch.bfloat16)
+    ids_TK, weights_TK = _routing(100, 4, 2)
+    x_TD = torch.randn(100, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    assert row_multiple(x_TD.bfloat16(), ids_TK.numel(), 4) > 1
+    leaves, wide = x_TD.bfloat16().requires_grad_(), x_TD.clone().requires_grad_()
+    actual, expected = rounded(leaves, ids_TK, weights_TK.float()), exact(wide, ids_TK, weights_TK)
+    torch.testing.assert_close(actual.double(), expected, rtol=5e-2, atol=5e-2)
+    grads = torch.autograd.grad(actual.float().sin().sum(), [leaves, *rounded.parameters()])
+    wanted = torch.autograd.grad(expected.sin().sum(), [wide, *exact.parameters()])
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.02
+
+
 def test_one_expert_may_get_every_token_and_others_none() -> None:
     _compare(_experts(5, 1), torch.full((7, 1), 3), torch.linspace(0.1, 1, 7, dtype=torch.float64)[:, None])
 
@@ -145,6 +181,21 @@ def test_dispatch_sorts_by_expert_and_keeps_the_order_of_tokens() -> None:
     for expert in range(5):
         rows = order_N[starts[expert] : starts[expert + 1]]
         assert set(ids_TK.flatten()[rows].tolist()) <= {expert}
+
+
+def test_dispatch_fills_each_expert_up() -> None:
+    ids_TK, _ = _routing(20, 5, 2)
+    ids_TK = torch.where(ids_TK == 3, 1, ids_TK)  # an expert without rows stays one
+    order_N, inverse_N, ends_E = dispatch(ids_TK, 5, multiple=8)
+    counts = [sum(expert == e for row in ids_TK.tolist() for expert in row) for e in range(5)]
+    starts = [0, *ends_E.tolist()]
+    assert [stop - start for start, stop in pairwise(starts)] == [-(-count // 8) * 8 for count in counts]
+    assert counts[3] == 0
+    assert len(order_N) == starts[-1]
+    plain_N = dispatch(ids_TK, 5).order_N.split(counts)
+    for start, slots_N in zip(starts, plain_N, strict=False):
+        assert torch.equal(order_N[start : start + len(slots_N)], slots_N)
+        assert torch.equal(inverse_N[slots_N], torch.arange(start, start + len(slots_N)))
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
