@@ -26,7 +26,7 @@ from moeviz.capture.reading import Adapter
 from moeviz.capture.sites import find_sites
 from moeviz.capture.stages import share_of
 from moeviz.capture.tap import When
-from moeviz.derive import DeriveSink
+from moeviz.derive import TOGETHER, DeriveSink
 from moeviz.errors import MoevizError
 from moeviz.policy import SamplingPolicy
 from moeviz.ranks import Ranks
@@ -40,8 +40,6 @@ from moeviz.vocabulary import describe_tokenizer, token_texts
 
 _log = logging.getLogger("moeviz")
 
-_TOGETHER = 64
-"""Steps that are judged together at most; a flush judges those that wait."""
 _RULES = "alert_rules"
 """Where run.json's config keeps the thresholds of the alerts."""
 
@@ -235,7 +233,7 @@ def deriving(
     config = alerts if isinstance(alerts, AlertConfig) else None
     if alerts is False:
         inner, on_alert = _WithoutAlerts(inner), None
-    sink = DeriveSink(inner, model, plan=plan, config=config, on_alert=on_alert, together=_TOGETHER)
+    sink = DeriveSink(inner, model, plan=plan, config=config, on_alert=on_alert, together=TOGETHER)
     if resume_from is not None:
         try:
             past = read_past(path, resume_from, rank)

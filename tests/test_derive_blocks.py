@@ -135,6 +135,11 @@ def test_wide_layers_are_judged_in_small_groups() -> None:
 
 def test_a_refusal_in_the_middle_costs_nothing_behind_it() -> None:
     class Refusing(ListSink):
+        flushes = 0
+
+        def flush(self) -> None:
+            self.flushes += 1
+
         def write(self, record: Any) -> None:
             if isinstance(record, MetricRecord) and record.step == 1:
                 raise OSError("disk full")
@@ -147,6 +152,7 @@ def test_a_refusal_in_the_middle_costs_nothing_behind_it() -> None:
     with pytest.raises(OSError, match="disk full"):
         derive.flush()
     assert [record.step for record in sink.of(MetricRecord)] == [0, 2, 3]
+    assert sink.flushes == 1
 
 
 def test_a_record_of_another_form_costs_its_neighbours_nothing() -> None:

@@ -24,6 +24,7 @@ from moeviz.metrics import (
     specialization,
 )
 from moeviz.metrics.decision import normalised_scores
+from moeviz.metrics.load_block import LoadBlock
 
 T, E, K = 300, 7, 3
 
@@ -146,9 +147,11 @@ def test_an_even_layer_of_256_experts_is_neither_cold_nor_dead(
     for step in range(400):
         counts_LE = rng.binomial(tokens, top_k / num_experts, (2, num_experts))
         counts_LE[:, step % num_experts] += tokens * top_k - counts_LE.sum(axis=1)
-        alerts += detector.observe(load_record(step, np.maximum(counts_LE, 0), top_k))
+        block = LoadBlock.of([load_record(step, np.maximum(counts_LE, 0), top_k)])
+        live, of_step = detector.observe_block(block)
+        alerts += of_step[0]
     assert alerts == []
-    assert detector.n_starved_L.tolist() == detector.n_dead_L.tolist() == [0, 0]
+    assert live["n_starved"].tolist() == live["n_dead"].tolist() == [[0, 0]]
     share_LE = detector.statistics.smooth_share_LE
     assert share_LE.max() < 0.05, "every share is under five per cent"
     assert load.eff_util(share_LE, top_k).min() > 0.95

@@ -17,7 +17,7 @@ from moeviz.alerts.config import AlertConfig, RunPlan
 from moeviz.alerts.drift import Drift, DriftCourse
 from moeviz.alerts.episodes import Episodes, Finding
 from moeviz.alerts.facts import experts_of, layer_facts
-from moeviz.alerts.latch import Latch
+from moeviz.alerts.latch import NOTHING, Latch
 from moeviz.alerts.load_rules import LoadRules, LoadView, look
 from moeviz.alerts.router_rules import RouterCourse, RouterRules
 from moeviz.alerts.rules import LATENT_RULES, PROBE_RULES, rule
@@ -28,7 +28,6 @@ from moeviz.records import AlertRecord, LoadRecord, ModelInfo
 
 _RECENT = 20
 """Newest values of the watched quantity that travel with an alert."""
-_NO_CHANGE = np.zeros((0, 2), dtype=np.int64)
 
 
 class _Course(NamedTuple):
@@ -38,7 +37,6 @@ class _Course(NamedTuple):
     view: LoadView
     drift: DriftCourse
     routers: RouterCourse
-    rules: list[str]
     raise_RTL: np.ndarray
     value_RTL: np.ndarray
     threshold_RTL: np.ndarray
@@ -63,7 +61,6 @@ class RouterDetector:
         self._drift = Drift(self._info.num_layers, self.config)
         self._loads = LoadRules(*self._shapes, self.config)
         self._routers = RouterRules(self._info, self.config, self.plan)
-        self._view = look(self.statistics, self.config)
         self._latch: Latch | None = None
         self._recent_TRL = np.zeros((0, 0, 0))
         self._records = 0
@@ -75,33 +72,23 @@ class RouterDetector:
         return self.observe_block(LoadBlock.of([record]))[1][0]
 
     def observe_block(self, block: LoadBlock) -> tuple[dict[str, np.ndarray], list[list[AlertRecord]]]:
-        """Judge T records; steps do not fall within them.
+        """Judge T records; their steps do not fall.
 
         Returns their live metrics, [T, L] by id (those of `metrics.live_metrics`, with the design effect that was
-        known before each record, and `design_effect`, `n_starved`, `n_dead` after it), and the alerts of each record.
+        known before each record, and `design_effect`, `n_starved` and `n_dead` after it), and the alerts of each
+        record.
         """
         before_L = self.statistics.design_effect_L
         course = self.statistics.follow(block.counts_LE)
         known_TL = np.concatenate([before_L[None], course.design_effect_L[:-1]])
         live = live_metrics(block, *self._shapes, known_TL)
         view = look(course, self.config)
-        self._view = view.at(-1)
         with np.errstate(invalid="ignore"):
             alerts = self._judge(block, live, course, view)
         live["design_effect"] = course.design_effect_L
         live["n_starved"] = course.experts_below(course.starved_line_L, view.lowest_L)
         live["n_dead"] = view.dead_L
         return live, alerts
-
-    @property
-    def n_starved_L(self) -> np.ndarray:
-        """Experts of each layer whose smoothed load is below the starved line."""
-        return self.statistics.experts_below(self.statistics.starved_line_L, self._view.lowest_L)
-
-    @property
-    def n_dead_L(self) -> np.ndarray:
-        """Experts of each layer whose smoothed load is below the dead line."""
-        return self._view.dead_L
 
     def restore(self, alerts: Iterable[AlertRecord]) -> None:
         """Adopt the open router episodes of an earlier attempt, so that they can be updated and cleared."""
@@ -142,8 +129,7 @@ class RouterDetector:
         value_RTL = self._table([reading.value_L for reading in readings], length, 0.0)
         judged_RTL = self._table([reading.judged_L for reading in readings], length, False)
         threshold_RTL = self._table([reading.threshold_L for reading in readings], length, 0.0)
-        names = [reading.rule for reading in readings]
-        course = _Course(statistics, view, drift, routers, names, raise_RTL, value_RTL, threshold_RTL)
+        course = _Course(statistics, view, drift, routers, raise_RTL, value_RTL, threshold_RTL)
         still = self._latch.is_still and not (raise_RTL & judged_RTL).any()
         if not still:  # seldom in a healthy run
             clear_RTL = self._table([reading.clear_L for reading in readings], length, False)
@@ -151,7 +137,7 @@ class RouterDetector:
             weight_RTL = self._table([reading.weight_L for reading in readings], length, 1.0)
         alerts = []
         for t, step in enumerate(block.steps):
-            raised, cleared = _NO_CHANGE, _NO_CHANGE
+            raised, cleared = NOTHING, NOTHING
             if not still:
                 raised, cleared = self._latch.update(
                     raise_RTL[:, t],
@@ -178,7 +164,7 @@ class RouterDetector:
         for row, layer in cleared.tolist():
             if not self._rows[row][1]:
                 value = float(course.value_RTL[row, t, layer])
-                records += self.episodes.clear(course.rules[row], layer, step, value)
+                records += self.episodes.clear(self._rows[row][0], layer, step, value)
         for rule_id, layer in due:
             if layer is not None and self.episodes.is_open(rule_id, layer):
                 row = self._rows.index((rule_id, 0))
@@ -229,7 +215,7 @@ class RouterDetector:
 
     def _finding(self, course: _Course, t: int, row: int, layer: int, step: int) -> Finding:
         assert self._latch is not None
-        rule_id, statistics = course.rules[row], course.statistics.at(t)
+        rule_id, statistics = self._rows[row][0], course.statistics.at(t)
         experts = experts_of(rule_id, layer, statistics, self.config)
         held_since_L = course.drift.since_TL[t] if rule_id == "LOAD_DRIFT" else self._latch.since_RL[row]
         since = int(held_since_L[layer])

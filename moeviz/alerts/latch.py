@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_NOTHING = np.zeros((0, 2), dtype=np.int64)
+NOTHING = np.zeros((0, 2), dtype=np.int64)
 
 
 class Latch:
@@ -61,7 +61,7 @@ class Latch:
         """
         starting_RL = raise_RL & judged_RL
         if not starting_RL.any() and self.is_still:
-            return _NOTHING, _NOTHING  # most records of a healthy run
+            return NOTHING, NOTHING  # most records of a healthy run
         going_RL = raise_RL if keep_RL is None else raise_RL | (keep_RL & (self._held_RL > 0))
         longer_RL = self._held_RL + (1 if weight_RL is None else weight_RL)
         held_RL = np.where(judged_RL, np.where(going_RL, longer_RL, 0), self._held_RL)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from moeviz.derive import DeriveSink
+from moeviz.derive import TOGETHER, DeriveSink
 from moeviz.errors import MoevizError
 from moeviz.imports.lines import LineReader, read_megatron, read_routes, trace_files
 from moeviz.imports.published import read_published
@@ -215,7 +215,9 @@ def _write(
             planned_steps=len(recording.steps),
         ),
     )
-    sink = DeriveSink(_WithoutAlerts(SegmentWriter(folder, sidecar=False)), recording.model, together=64)
+    sink = DeriveSink(
+        _WithoutAlerts(SegmentWriter(folder, sidecar=False)), recording.model, together=TOGETHER
+    )
     first, last = recording.steps[0], recording.steps[-1]
     detail = {
         **imported,
