@@ -1,30 +1,30 @@
 """One token's step compiled: for a single row of numbers, what surrounds the products costs as much as they do.
 
 A compiled program knows shapes, so the cache is read whole and where a token stands is data: slots behind it are
-masked. Blocks of one kind share a program, whatever their number, which keeps compiling at half a minute.
+masked. Blocks of one kind share their part of the program, whatever their number, which keeps compiling at half a
+minute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
 from model.block import BlockOutput
 from model.config import ModelConfig
+from model.few_rows import compiling
+from model.huge_pages import collapse
 from model.kv_cache import KVCache
 from model.kv_layer import Held, LayerCache
 from model.lm import MoELanguageModel
 from model.rope import RopeTables, rope_tables
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-_PROGRAMS = 4096
-"""Of one function that torch keeps: kinds of blocks times lengths of caches, of all models of a process."""
+_KINDS = 256
+"""Of blocks in one model, at most: torch's own limit is 8."""
 
 
 class WholeCache(LayerCache):
@@ -58,6 +58,7 @@ class CompiledStep:
         Raises ValueError for what cannot be compiled, see `check_compiled`.
         """
         check_compiled(model.config, cache)
+        collapse(model.parameters())
         self._model, self._cache = model, cache
         self._length_1 = torch.tensor([cache.length], device=model.device)
         self._layers = [WholeCache(layer, self._length_1) for layer in cache.layers]  # type: ignore[arg-type]
@@ -68,41 +69,45 @@ class CompiledStep:
         everywhere = rope_tables(model.config, 0, capacity, like, total_length=total)
         local = rope_tables(model.config, 0, capacity, like, local=True)
         self._ropes = everywhere, everywhere if model.config.rope.local_rope_base is None else local
-        self._compiled = False
+        self._hooks = [
+            hooks
+            for module in model.modules()
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        ]
+        self._seen: list[int] | None = None
+        """Numbers of the hooks that were there when the step was last compiled or found among programs."""
 
     @torch.no_grad()
     def __call__(self, ids_B1: Tensor) -> Tensor:
         """Logits of the next token, [B, V]. Raises ValueError where torch cannot compile it."""
-        if self._compiled:
-            return self._run(ids_B1)
-        with torch._dynamo.config.patch(recompile_limit=_PROGRAMS, accumulated_recompile_limit=_PROGRAMS):
-            try:
-                logits_BV = self._run(ids_B1)
-            except (TorchDynamoException, InductorError) as error:
-                first = str(error).strip().partition("\n")[0]
-                raise ValueError(
-                    f"compile=True failed ({first}); it needs a C++ compiler and a model without hooks that leave "
-                    "torch; leave it out"
-                ) from error
-        self._compiled = True
-        return logits_BV
-
-    def _run(self, ids_B1: Tensor) -> Tensor:
-        model, decoder = self._model, self._model.model
         if self._cache.length >= self._capacity:
             raise ValueError(
                 f"{self._cache.length + 1} tokens exceed the cache's capacity={self._capacity}; "
                 "make the cache with a larger max_length or write less"
             )
         self._length_1 += 1
-        hidden, ropes = _begin(model, ids_B1, self._length_1 - 1, self._ropes)
-        for index, block in enumerate(decoder.layers):
-            rope = ropes[model.config.reach.is_local(index)]
-            hidden = _block(block, hidden, rope, self._valid_BC, self._layers[index])
-        logits_BV = _end(model, hidden)
+        hooks = list(chain.from_iterable(self._hooks))
+        logits_BV = self._unguarded(ids_B1) if hooks == self._seen else None
+        if logits_BV is None:
+            with compiling():
+                logits_BV = self._run(ids_B1)
+            self._seen = hooks
         for layer in self._cache.layers:
             layer.length += 1
         return logits_BV
+
+    def _unguarded(self, ids_B1: Tensor) -> Tensor | None:
+        """The step without asking each module whether it is as it was: a tenth of the time. None if torch must ask."""
+        try:
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                return self._run(ids_B1)
+        except RuntimeError as error:
+            if "skip_guard_eval_unsafe" not in str(error):
+                raise
+            return None
+
+    def _run(self, ids_B1: Tensor) -> Tensor:
+        return _step(self._model, ids_B1, self._length_1 - 1, self._ropes, self._valid_BC, self._layers)
 
 
 def check_compiled(config: ModelConfig, cache: KVCache | None) -> None:
@@ -126,23 +131,7 @@ def _extended(mask_BS: Tensor, capacity: int) -> Tensor:
     return valid_BC
 
 
-def _compiled(function: _F) -> _F:
-    return cast(_F, torch.compile(function, dynamic=False, fullgraph=True))
-
-
-@_compiled
-def _begin(
-    model: MoELanguageModel, ids_B1: Tensor, at_1: Tensor, ropes: tuple[RopeTables, RopeTables]
-) -> tuple[Tensor, tuple[RopeTables, RopeTables]]:
-    hidden_B1D = model.model.embed_tokens(ids_B1)
-    if model.model.embed_positions is not None:
-        hidden_B1D = hidden_B1D + model.model.embed_positions(at_1)
-    here = RopeTables(ropes[0].cos_SD[at_1], ropes[0].sin_SD[at_1])
-    near = RopeTables(ropes[1].cos_SD[at_1], ropes[1].sin_SD[at_1])
-    return hidden_B1D, (here, near)
-
-
-@_compiled
+@torch.compiler.nested_compile_region(max_reuse_entries=_KINDS)
 def _block(
     block: nn.Module, hidden_B1D: Tensor, rope: RopeTables, valid_BC: Tensor | None, layer: WholeCache
 ) -> Tensor:
@@ -150,6 +139,23 @@ def _block(
     return output.hidden_BSD
 
 
-@_compiled
-def _end(model: MoELanguageModel, hidden_B1D: Tensor) -> Tensor:
-    return model.lm_head(model.model.norm(hidden_B1D)).logits_BSV[:, -1]
+# What guards have seen need not be measured again: the strides of every weight, at every call.
+@partial(torch.compile, dynamic=False, fullgraph=True, options={"size_asserts": False})
+def _step(
+    model: MoELanguageModel,
+    ids_B1: Tensor,
+    at_1: Tensor,
+    ropes: tuple[RopeTables, RopeTables],
+    valid_BC: Tensor | None,
+    layers: Sequence[WholeCache],
+) -> Tensor:
+    decoder = model.model
+    hidden_B1D = decoder.embed_tokens(ids_B1)
+    if decoder.embed_positions is not None:
+        hidden_B1D = hidden_B1D + decoder.embed_positions(at_1)
+    everywhere, local = (RopeTables(rope.cos_SD[at_1], rope.sin_SD[at_1]) for rope in ropes)
+    for index, (block, layer) in enumerate(zip(decoder.layers, layers, strict=True)):
+        rope = local if model.config.reach.is_local(index) else everywhere
+        hidden_B1D = _block(block, hidden_B1D, rope, valid_BC, layer)
+    logits_BV: Tensor = model.lm_head(decoder.norm(hidden_B1D)).logits_BSV[:, -1]
+    return logits_BV

@@ -7,6 +7,7 @@ bits in every run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from model.config import ModelConfig
 from model.expert_config import ExpertConfig
+from model.few_rows import ROWS, few_rows, few_rows_mm
 from model.grouped import grouped_mm
 from model.linear import row_times, rows_by
 from model.precision import matmul_dtype
@@ -194,10 +196,14 @@ class GroupedExperts(nn.Module):
             one_token = self._one_token_compiled if compiling else self._one_token
             return one_token(x_TD, expert_ids_TK, weights_TK)
         x_TD = x_TD.to(dtype := matmul_dtype(x_TD))
-        multiple = 1 if compiling else row_multiple(x_TD, expert_ids_TK.numel(), self.num_experts)
+        multiple, product = 1, grouped_mm
+        if not compiling and few_rows(x_TD, expert_ids_TK.numel(), self.num_experts):
+            multiple, product = ROWS, few_rows_mm
+        elif not compiling:
+            multiple = row_multiple(x_TD, expert_ids_TK.numel(), self.num_experts)
         order_N, inverse_N, ends_E = dispatch(expert_ids_TK, self.num_experts, multiple)
         x_ND = _ToExperts.apply(x_TD, order_N, inverse_N)
-        y_ND = self._run(x_ND, ends_E)
+        y_ND = self._run(x_ND, ends_E, product)
         return _ToTokens.apply(y_ND, weights_TK.to(dtype), order_N, inverse_N)
 
     def _one_token(self, x_1D: Tensor, expert_ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
@@ -235,13 +241,15 @@ class GroupedExperts(nn.Module):
         weights_N = weights_TK.to(dtype).flatten().index_select(0, slots_N)
         return torch.zeros_like(x_TD, dtype=dtype).index_add(0, tokens_N, y_ND * weights_N[:, None])
 
-    def _run(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
+    def _run(
+        self, x_ND: Tensor, ends_E: Tensor, product: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_mm
+    ) -> Tensor:
         """Each block of rows through its expert."""
         dtype = x_ND.dtype
-        gate_up = grouped_mm(x_ND, self.gate_up_proj.to(dtype), ends_E)
+        gate_up = product(x_ND, self.gate_up_proj.to(dtype), ends_E)
         if self.gate_up_proj_bias is not None:
             gate_up = gate_up + rows_of(self.gate_up_proj_bias.to(dtype), ends_E, len(x_ND))
-        y_ND = grouped_mm(activate(self.config, gate_up), self.down_proj.to(dtype), ends_E)
+        y_ND = product(activate(self.config, gate_up), self.down_proj.to(dtype), ends_E)
         if self.down_proj_bias is not None:
             y_ND = y_ND + rows_of(self.down_proj_bias.to(dtype), ends_E, len(x_ND))
         return y_ND

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.endings import Decode, Endings
+from model.few_rows import compiling_few_rows
 from model.kv_cache import KVCache
 from model.lm import MoELanguageModel
 from model.sampling import Sampling, sample
@@ -95,7 +96,8 @@ def stream(
         text = Text(prompt_ids_BS, mask_BC, seen_BV, endings)
         yield from speculate(model, text, sampling, generator, cache, drafts, steps, prefill_chunk)
         return
-    logits_BV = _read_prompt(model, prompt_ids_BS, mask_BC, cache, prefill_chunk)
+    with compiling_few_rows() if compile else nullcontext():
+        logits_BV = _read_prompt(model, prompt_ids_BS, mask_BC, cache, prefill_chunk)
     step_logits = _compiled_step(model, cache, mask_BC) if compile else None
     columns_DV = model.lm_head.columns() if step_logits is None and _columns_pay(logits_BV, steps) else None
     for step in range(steps):

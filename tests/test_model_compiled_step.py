@@ -126,11 +126,34 @@ def test_one_program_serves_texts_of_different_lengths_and_a_training_model_stay
     torch._dynamo.utils.counters.clear()
     generate(model, _ids(1), GREEDY, compile=True)
     programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    # The begin, the end, and one for each kind of block: dense and with experts.
-    assert programs == 4
+    # One for the step, and one for the prompt's few rows, into the experts and out of them.
+    assert programs == 3
     generate(model, _ids(1, 5), replace(GREEDY, max_new_tokens=20), compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == programs
     assert model.training
+
+
+@pytest.mark.usefixtures("traced")
+def test_hooks_that_come_and_go_between_two_tokens_are_seen() -> None:
+    model, ids = _model(), _ids(1, LENGTH + NEW)
+    cache = KVCache(model.config, batch_size=1, max_length=LENGTH + NEW, bounded=False)
+    with torch.no_grad():
+        plain = model(ids).logits_BSV
+        model(ids[:, :LENGTH], cache=cache)
+    step = CompiledStep(model, cache)
+    handle = None
+    for at in range(LENGTH, LENGTH + 6):
+        if at in (LENGTH + 2, LENGTH + 3):
+            if handle is not None:
+                handle.remove()  # another one takes its place: as many hooks as before
+            factor = 2.0 if handle is None else 3.0
+            handle = model.lm_head.register_forward_pre_hook(
+                lambda _, args, f=factor: (f * args[0], *args[1:])
+            )
+        elif at == LENGTH + 4 and handle is not None:
+            handle.remove()
+        expected = {LENGTH + 2: 2.0, LENGTH + 3: 3.0}.get(at, 1.0) * plain[:, at]
+        torch.testing.assert_close(step(ids[:, at : at + 1]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
