@@ -7,6 +7,7 @@ minute.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -25,6 +26,9 @@ from model.rope import RopeTables, rope_tables
 
 _KINDS = 256
 """Of blocks in one model, at most: torch's own limit is 8."""
+
+_ALONE = threading.Lock()
+"""What torch is told about guards holds for all threads of the process."""
 
 
 class WholeCache(LayerCache):
@@ -87,11 +91,12 @@ class CompiledStep:
             )
         self._length_1 += 1
         hooks = list(chain.from_iterable(self._hooks))
-        logits_BV = self._unguarded(ids_B1) if hooks == self._seen else None
-        if logits_BV is None:
-            with compiling():
-                logits_BV = self._run(ids_B1)
-            self._seen = hooks
+        with _ALONE:
+            logits_BV = self._unguarded(ids_B1) if hooks == self._seen else None
+            if logits_BV is None:
+                with compiling():
+                    logits_BV = self._run(ids_B1)
+                self._seen = hooks
         for layer in self._cache.layers:
             layer.length += 1
         return logits_BV
