@@ -88,10 +88,28 @@ def _layer_attention_flops(config: ModelConfig, layer: int, seq_len: int) -> flo
     else:
         pair = 4 * heads * config.head_width
     if config.attention == "latent":
-        read = 4 * config.latents.num_latents * config.kv_heads * config.head_width
-        near = (min(config.latents.latent_chunk, seq_len) + 1) / 2
-        return read + pair * (near + config.latents.num_latents)
+        return _latent_flops(config, seq_len) + pair * (
+            _mean_near(config, seq_len) + config.latents.num_latents
+        )
     return pair * mean_keys(config, layer, seq_len)
+
+
+def _latent_flops(config: ModelConfig, seq_len: int) -> float:
+    """What latents read, a token: scores and means of keys and values of its chunk, and sums of the chunks' means.
+
+    Chunk n is merged with the n before it and with what was read before the first.
+    """
+    latents, chunks = config.latents, seq_len // config.latents.latent_chunk
+    width = latents.num_latents * config.kv_heads * config.head_width
+    merged = (chunks + 1) * (chunks + 2) / 2
+    return width * (6 * chunks * latents.latent_chunk + 4 * merged) / seq_len
+
+
+def _mean_near(config: ModelConfig, seq_len: int) -> float:
+    """Tokens of its own chunk that a query may read, mean over positions."""
+    chunk = config.latents.latent_chunk
+    chunks, rest = divmod(seq_len, chunk)
+    return (chunks * chunk * (chunk + 1) + rest * (rest + 1)) / (2 * seq_len)
 
 
 def mean_keys(config: ModelConfig, layer: int, seq_len: int) -> float:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention import set_attention_core
-from model.attention_config import MLAConfig, ReachConfig
+from model.attention_config import LatentConfig, MLAConfig, ReachConfig
 from model.attention_core import EagerCore
 from model.block_config import BlockConfig
 from model.config import ModelConfig
@@ -109,7 +110,33 @@ def test_flops_are_those_that_torch_counts(values: dict[str, Any]) -> None:
     )
 
 
-# What two-stage latents read goes through sums that torch's counter leaves out.
+@pytest.mark.parametrize(
+    ("length", "chunk", "latents", "kv_heads"), [(9, 4, 3, 4), (12, 4, 3, 2), (7, 8, 2, 1)]
+)
+def test_flops_of_two_stage_latents_are_those_that_torch_counts(
+    length: int, chunk: int, latents: int, kv_heads: int
+) -> None:
+    config = ModelConfig(
+        vocab_size=31, dim=16, num_heads=4, num_kv_heads=kv_heads, num_layers=2, first_dense_layers=2,
+        dense_ffn_dim=11, attention="latent", latents=LatentConfig(num_latents=latents, latent_chunk=chunk),
+    )  # fmt: skip
+    model = MoELanguageModel(config).eval()
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.int64))
+    # Torch multiplies whole squares, of chunks by chunks and of tokens by tokens of a chunk, the last of several
+    # filled up; what is read of them is counted one by one here.
+    closed, every = length // chunk, -(-length // chunk)
+    merges = sum(range(1, closed + 2))
+    near = sum(position % chunk + 1 for position in range(length))
+    latent_dims, query_dims = 4 * latents * kv_heads * config.head_width, 4 * 4 * config.head_width
+    unread = latent_dims * ((closed + 1) ** 2 - merges)
+    rows, columns = (every * chunk, chunk) if every > 1 else (length, length)
+    unread += query_dims * (rows * (columns + latents) - near - length * latents)
+    assert counter.get_total_flops() - 2 * unread == pytest.approx(length * forward_flops(config, length))
+
+
+# Two-stage latents have a test of their own.
 COUNTED = {name: config for name, make in PRESETS.items() if (config := make()).attention != "latent"}
 
 
