@@ -61,8 +61,9 @@ def stream(
             as fits beside what a forgetting cache keeps.
         drafts: let the model's own modules for further tokens draft, and count what becomes of it
             (`model.speculative`): the same distribution, or the same most likely tokens, in fewer passes.
-        compile: compile what one token needs (`model.compiled_step`), at the cost of half a minute before the
-            second token, less where torch finds an earlier result on disk. Hooks are compiled too, or refused.
+        compile: compile what one token needs (`model.compiled_step`), and the products of a prompt that brings few
+            rows to each expert (`model.few_rows`), at the cost of half a minute before the second token, less where
+            torch finds an earlier result on disk. Hooks are compiled too, or refused.
 
     Raises ValueError for an empty prompt, one that leaves no room, stop texts without `decode`, padding where
     positions must be absolute, drafts of a model, or with a cache, that cannot have them, and what cannot be
