@@ -237,12 +237,12 @@ class GroupedExperts(nn.Module):
         ends_E = count_experts(ids_N, self.num_experts).cumsum(0).to(torch.int32)
         dtype = matmul_dtype(x_TD)
         tokens_N = slots_N // kept_TK.shape[1]
-        y_ND = self._run(x_TD.to(dtype).index_select(0, tokens_N), ends_E)
+        y_ND = self._run(x_TD.to(dtype).index_select(0, tokens_N), ends_E, grouped_mm)
         weights_N = weights_TK.to(dtype).flatten().index_select(0, slots_N)
         return torch.zeros_like(x_TD, dtype=dtype).index_add(0, tokens_N, y_ND * weights_N[:, None])
 
     def _run(
-        self, x_ND: Tensor, ends_E: Tensor, product: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_mm
+        self, x_ND: Tensor, ends_E: Tensor, product: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
         """Each block of rows through its expert."""
         dtype = x_ND.dtype
