@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -76,8 +75,11 @@ class Backlog:
             self._spare_the_cores()
             for step in steps:
                 step.piles = []
-            for _, alike in groupby(sorted(work, key=_order), key=_order):
-                self._sum([*alike])
+            alike: dict[tuple[object, ...], list[tuple[StepSums, Pile]]] = {}
+            for step, pile in work:
+                alike.setdefault(_kind(pile), []).append((step, pile))
+            for same in alike.values():
+                self._sum(same)
 
     def _sum(self, work: Sequence[tuple[StepSums, Pile]]) -> None:
         """Sum piles of the same layers and shape, several at a time; one by one where that fails."""
@@ -168,11 +170,10 @@ def _versions(readings: Sequence[Reading]) -> tuple[int, ...]:
     return tuple(tensor._version for reading in readings for tensor in reading[:3])
 
 
-def _order(work: tuple[StepSums, Pile]) -> tuple[object, ...]:
+def _kind(pile: Pile) -> tuple[object, ...]:
     """Equal for piles that can be stacked."""
-    pile = work[1]
     kinds = [
-        "" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+        None if tensor is None else (tensor.shape, tensor.dtype)
         for tensor in (*pile.readings[0], pile.bias_LE, pile.valid_T)
     ]
     return pile.index, pile.first, len(pile.readings), *kinds

@@ -62,7 +62,8 @@ class Collector:
     ) -> None:
         """Reduce the readings (by layer; None: nothing read) of a micro-batch and keep the rows `rows_N`."""
         for index, group in enumerate(self.groups):
-            for first, run in self._runs(group, readings):
+            whole = _whole(group, readings)
+            for first, run in self._runs(group, readings) if whole is None else [(0, whole)]:
                 self._add(index, first, run, micro_batch, rows_N)
 
     def _runs(
@@ -122,3 +123,14 @@ class Collector:
         rank_LTK = None if group.ordered else selection_scores(decisions, group.score, bias_LE)
         experts, weights = cut_rows(decisions, rows_N, shape, rank_LTK)
         self.step.routing.append(RoutingPiece(group.layers[first:stop], micro_batch.index, experts, weights))
+
+
+def _whole(group: LayerGroup, readings: Sequence[Reading | None]) -> list[Reading] | None:
+    """What all layers of a group read, of equally many tokens and not too many for one go: mostly it is so."""
+    run = [reading for layer in group.layers if (reading := readings[layer]) is not None]
+    if len(run) < len(group.layers):
+        return None
+    shape = run[0].logits_TE.shape
+    if len(run) * shape.numel() > _CHUNK or any(reading.logits_TE.shape != shape for reading in run):
+        return None
+    return run

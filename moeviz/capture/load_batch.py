@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -35,6 +36,11 @@ class LoadSource:
     share: Share
     """Which of the layers are here."""
     rank_sum: RankSum | None = None
+
+    @cached_property
+    def one_group(self) -> bool:
+        """Whether one group has all layers, in order."""
+        return [tuple(layers) for layers in self.layers] == [tuple(range(self.info.num_layers))]
 
 
 @dataclass(eq=False, slots=True)
@@ -145,11 +151,7 @@ class LoadBatch:
             weight_sum_LE=self._spread(arrays, "weight_sum_LE"),
             bias_LE=self._spread(arrays, "bias_LE"),
             dropped_LE=None if self.sums.dropless else self._spread(arrays, "dropped_LE"),
-            token_sums={
-                name: sums_L
-                for name, sums_L in zip(TOKEN_SUMS, token_sums_NL, strict=True)
-                if not np.isnan(sums_L).all()
-            },
+            token_sums=_known(token_sums_NL),
         )
 
     def _nothing(self) -> LoadRecord:
@@ -168,6 +170,8 @@ class LoadBatch:
 
     def _spread(self, arrays: Mapping[str, np.ndarray], name: str, axis: int = 0) -> np.ndarray | None:
         """Put the rows of each group in their place: [L, E], or [N, L] with axis 1. None if nobody has `name`."""
+        if self.source.one_group:
+            return arrays.get(f"{name}/0")  # all layers are alike: the rows lie in their place
         parts = {
             group: arrays[f"{name}/{group}"]
             for group in range(len(self.source.layers))
@@ -175,11 +179,7 @@ class LoadBatch:
         }
         if not parts:
             return None
-        group, first = next(iter(parts.items()))
-        if list(self.source.layers[group]) == list(range(self.source.info.num_layers)) and (
-            axis == 1 or first.shape[1] == self.source.info.max_experts
-        ):
-            return first  # all layers are alike: the rows lie in their place
+        first = next(iter(parts.values()))
         if axis == 1:
             whole = np.full((first.shape[0], self.source.info.num_layers), np.nan, dtype=first.dtype)
             for group, part in parts.items():
@@ -228,12 +228,14 @@ class LoadBatch:
             weight_sum_LE=sums[1],
             bias_LE=load.bias_LE,
             dropped_LE=counts[1] if total[0][-1] else None,
-            token_sums={
-                name: sums_L
-                for name, sums_L in zip(TOKEN_SUMS, token_sums_NL, strict=True)
-                if not np.isnan(sums_L).all()
-            },
+            token_sums=_known(token_sums_NL),
         )
+
+
+def _known(token_sums_NL: np.ndarray) -> dict[str, np.ndarray]:
+    """The sums that any layer has, by name."""
+    known = np.flatnonzero(~np.isnan(token_sums_NL).all(axis=1))
+    return {TOKEN_SUMS[row]: token_sums_NL[row] for row in known}
 
 
 def split_scalars(scalars: Mapping[str, float | Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -51,8 +51,10 @@ def read_call(
     index: int, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> MicroBatch | None:
     """The micro-batch of a call, or None when no argument tells its shape."""
-    given = {name: value for name, value in zip(names, args, strict=False) if isinstance(value, Tensor)}
-    given |= {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    given: dict[str, Tensor] = {}
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        if isinstance(value, Tensor):
+            given.setdefault(name.partition("_B")[0], value)
     ids_BS = _first(
         given, _IDS, lambda t: t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool
     )
@@ -73,8 +75,9 @@ def read_call(
 
 
 def _first(given: Mapping[str, Tensor], stems: Sequence[str], fits: Any) -> Tensor | None:
+    """The first of these arguments, by their names without shape, that fits."""
     for stem in stems:
-        for name, value in given.items():
-            if name.split("_B")[0] == stem and fits(value):
-                return value
+        value = given.get(stem)
+        if value is not None and fits(value):
+            return value
     return None
