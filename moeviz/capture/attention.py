@@ -92,9 +92,12 @@ def block_maps(call: AttentionCall, valid_NS: Tensor | None, size: int) -> Tenso
     """
     num_seqs, num_heads, num_queries = call.q_BHSD.shape[:3]
     num_keys = call.k_BGCD.shape[2]
+    step = max(1, int(_CHUNK_BYTES / (4 * num_seqs * num_heads * num_keys)))
+    if valid_NS is None and max(num_queries, num_keys) <= size:  # as many cells as tokens: nothing to average
+        parts = [pattern(call, start, start + step) for start in range(0, num_queries, step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     rows = averaging(_valid(valid_NS, num_seqs, num_queries, call.q_BHSD.device), size)
     columns = averaging(_valid(valid_NS, num_seqs, num_keys, call.q_BHSD.device), size)
-    step = max(1, int(_CHUNK_BYTES / (4 * num_seqs * num_heads * num_keys)))
     maps = rows.new_zeros(num_seqs, num_heads, rows.shape[1], columns.shape[1])
     for start in range(0, num_queries, step):
         narrow = pattern(call, start, start + step) @ columns[:, None].transpose(-1, -2)
