@@ -9,9 +9,11 @@ hardly disturbed by a round in which the machine had other work, and narrower th
 one step see the same machine better than turns of some seconds: of 36 rounds of 17 steps the interval was 0.049
 wide, of 624 rounds of one 0.015.
 
-The writer's thread works while training waits for its flush, at once for all steps between two flushes of a run that
-nobody reads (of one that is read: --flush-seconds 0.75), so nothing that a mode causes happens in the turn of another
-one. What a flush took, a step's share of it, is added to the ratio of the steps.
+The writer's thread works on all steps between two flushes of a run that nobody reads (of one that is read:
+--flush-seconds 0.75) beside two further steps of the same mode, from a random moment of the first one on, as it does in
+a run. These two against the same two without recording tell what the flush costs training, which is less than the time
+it takes: another core does it. Its share is added to the ratio of the other steps. Nothing that a mode causes happens
+in the turn of another one.
 
 glibc is told to keep what a step frees, as `moeviz train` tells it. Left alone, a step of the demo takes 100 page
 faults for some seconds and 4,000 for others, recorded or not: 8 ms of processor time, which no ratio survives.
@@ -33,6 +35,7 @@ import os
 import random
 import resource
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -61,6 +64,8 @@ POLICIES: dict[str, SamplingPolicy | None] = {
     "default": SamplingPolicy(),
     "everything": EVERYTHING,
 }
+_BESIDE = 2
+"""Steps with a flush beside them: one that begins in the first has ended in the second."""
 STEP_BARS = {"default": 1.01, "everything": 1.05}
 _TITLE = "capture: what recording costs a training step"
 
@@ -108,9 +113,10 @@ class Lane:
     """Of each step."""
     cpu_seconds: list[float] = field(default_factory=list)
     """Of each step, of the whole process with its children."""
-    flush_seconds: list[float] = field(default_factory=list)
-    """Of each flush."""
-    flush_cpu_seconds: list[float] = field(default_factory=list)
+    beside_seconds: list[float] = field(default_factory=list)
+    """Of each group of `_BESIDE` steps with a flush beside them."""
+    writer_seconds: list[float] = field(default_factory=list)
+    """Processor time of the writer's thread in each of these flushes."""
     blocked_seconds: list[float] = field(default_factory=list)
     """Of each call of `Probe.step`."""
     watched_seconds: list[float] = field(default_factory=list)
@@ -120,11 +126,16 @@ class Lane:
 
     def turn(self, ids_BS: torch.Tensor, keep: bool) -> None:
         """Train one step; `keep` what it took."""
-        if self.probe is None:
+        with self._watched():
             self._train(ids_BS, keep)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        if self.probe is None:
+            yield
             return
         self.probe._tap.attach()
-        self._train(ids_BS, keep)
+        yield
         self.probe._tap.detach()
 
     def _train(self, ids_BS: torch.Tensor, keep: bool) -> None:
@@ -145,14 +156,30 @@ class Lane:
             self.blocked_seconds.append(end - before)
             self.watched_seconds.append(self.probe.seconds - watched if self.probe is not None else 0.0)
 
-    def flush(self, keep: bool) -> None:
+    def turn_beside(self, batches: Sequence[torch.Tensor], after: float, keep: bool) -> None:
+        """Train on these batches and have the writer flush what was recorded before them, from `after` seconds on."""
+        with self._watched():
+            begin, writer_begin = time.perf_counter(), self._writer_seconds()
+            flush = threading.Timer(after, self.flush)
+            flush.start()
+            for ids_BS in batches:
+                self._train(ids_BS, keep=False)
+            flush.join()
+            if keep:
+                self.beside_seconds.append(time.perf_counter() - begin)
+                self.writer_seconds.append(self._writer_seconds() - writer_begin)
+
+    def flush(self) -> None:
         """Have the writer do all that is left to do of the steps before."""
-        begin, cpu_begin = time.perf_counter(), _cpu_seconds()
         if self.probe is not None:
             self.probe.flush()
-        if keep:
-            self.flush_seconds.append(time.perf_counter() - begin)
-            self.flush_cpu_seconds.append(_cpu_seconds() - cpu_begin)
+
+    def _writer_seconds(self) -> float:
+        """Processor time of the writer's thread since its start."""
+        name = "moeviz-writer"
+        threads = [thread for thread in threading.enumerate() if thread.name == name]
+        clocks = [time.pthread_getcpuclockid(thread.ident) for thread in threads if thread.ident is not None]
+        return sum(map(time.clock_gettime, clocks))
 
 
 def _cpu_seconds() -> float:
@@ -207,19 +234,26 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator
     generator = torch.Generator().manual_seed(1)
     with tempfile.TemporaryDirectory() as folder, _lanes(config, Path(folder), options.modes) as lanes:
 
+        def batch() -> torch.Tensor:
+            return torch.randint(config.model.vocab_size, shape, generator=generator)
+
         def cycle(steps: int, keep: bool) -> None:
-            """So many rounds, and a flush."""
+            """So many rounds, and one with a flush beside it."""
             for _ in range(steps):
-                ids_BS = torch.randint(config.model.vocab_size, shape, generator=generator)
+                ids_BS = batch()
                 for lane in order.sample(lanes, len(lanes)):
                     lane.turn(ids_BS, keep)
+            batches, after = [batch() for _ in range(_BESIDE)], order.random() * step_seconds
+            for lane in order.sample(lanes, len(lanes)):
+                lane.turn_beside(batches, after, keep)
             for lane in lanes:
-                lane.flush(keep)
+                lane.flush()
 
+        step_seconds = 0.0
         cycle(2, keep=False)
         began = time.perf_counter()
         cycle(2, keep=False)
-        step_seconds = (time.perf_counter() - began) / (2 * len(lanes))
+        step_seconds = (time.perf_counter() - began) / ((2 + _BESIDE) * len(lanes))
         steps = max(1, round(options.flush_seconds / step_seconds))
         for number in itertools.count(1):
             cycle(steps, keep=True)
@@ -229,8 +263,9 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator
 
 
 def _row(case: Case, lane: Lane, none: Lane, steps: int) -> dict[str, Any]:
-    step, step_interval = _ratio(lane.seconds, none.seconds, lane.flush_seconds, steps)
-    cpu, cpu_interval = _ratio(lane.cpu_seconds, none.cpu_seconds, lane.flush_cpu_seconds, steps)
+    step, step_interval = _step_ratio(lane, none, steps)
+    writer_ms = 1e3 * float(np.mean(lane.writer_seconds))
+    cpu, cpu_interval = _cpu_ratio(lane, none, steps)
     blocked_ms = 1e3 * np.asarray(lane.blocked_seconds)
     return {
         "model": case.model,
@@ -243,7 +278,7 @@ def _row(case: Case, lane: Lane, none: Lane, steps: int) -> dict[str, Any]:
         "cpu ms": 1e3 * float(np.median(lane.cpu_seconds)),
         "cpu x": cpu,
         "cpu 95 %": cpu_interval,
-        "flush ms": 1e3 * float(np.median(lane.flush_seconds)),
+        "writer ms": writer_ms,
         "hooks ms": 1e3 * float(np.median(lane.watched_seconds)),
         "step() ms": float(np.median(blocked_ms)),
         "step() p99": float(np.quantile(blocked_ms, 0.99)),
@@ -253,12 +288,22 @@ def _row(case: Case, lane: Lane, none: Lane, steps: int) -> dict[str, Any]:
     }
 
 
-def _ratio(
-    taken: Sequence[float], without: Sequence[float], flushes: Sequence[float], steps: int
-) -> tuple[float, str]:
-    """Steps over those of the same rounds without recording, plus their share of the flushes; and its 95 % interval."""
-    ratio, low, high = _typical(np.divide(taken, without))
-    share = float(np.median(flushes) / steps / np.median(without))
+def _step_ratio(lane: Lane, none: Lane, steps: int) -> tuple[float, str]:
+    """Steps over those of the same rounds without recording, those with a flush by their share; its 95 % interval."""
+    plain, low, high = _typical(np.divide(lane.seconds, none.seconds))
+    # Not every flush has the same work, so here it is the mean that counts.
+    logs = np.log(np.divide(lane.beside_seconds, none.beside_seconds))
+    share = min(1.0, _BESIDE / steps)
+    ratio = (1 - share) * plain + share * float(np.exp(logs.mean()))
+    error = float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+    half = math.hypot((1 - share) * (high - low) / 2, share * 1.959964 * error)
+    return ratio, f"{ratio - half:.3f}..{ratio + half:.3f}"
+
+
+def _cpu_ratio(lane: Lane, none: Lane, steps: int) -> tuple[float, str]:
+    """The same of processor time; that of the writer's thread is known by itself."""
+    ratio, low, high = _typical(np.divide(lane.cpu_seconds, none.cpu_seconds))
+    share = float(np.mean(lane.writer_seconds) / steps / np.median(none.cpu_seconds))
     return ratio + share, f"{low + share:.3f}..{high + share:.3f}"
 
 

@@ -189,11 +189,22 @@ def test_block_maps_average_blocks_of_the_own_tokens(call: AttentionCall) -> Non
             assert pooled[i, j] == pytest.approx(block.mean() if block.size else 0, abs=1e-6)
 
 
-def test_rows_computed_in_chunks_change_nothing(call: AttentionCall, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [4, 128])
+def test_rows_computed_in_chunks_change_nothing(
+    call: AttentionCall, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     chosen = select(call, torch.tensor([0, 1, 2]), range(6))
-    at_once = block_maps(chosen, None, size=128)
+    at_once = block_maps(chosen, None, size=size)
     monkeypatch.setattr("moeviz.capture.attention._CHUNK_BYTES", 4 * 3 * 6 * 13 * 2)
-    torch.testing.assert_close(block_maps(chosen, None, size=128), at_once)
+    torch.testing.assert_close(block_maps(chosen, None, size=size), at_once)
+
+
+def test_a_map_with_as_many_cells_as_tokens_is_the_pattern(call: AttentionCall) -> None:
+    chosen = select(call, torch.tensor([0, 1]), (1, 4))
+    everywhere_NS = torch.ones(2, 13, dtype=torch.bool)
+    maps = block_maps(chosen, None, size=13)
+    assert torch.equal(maps, pattern(chosen))
+    torch.testing.assert_close(maps, block_maps(chosen, everywhere_NS, size=13))
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 100])
