@@ -44,7 +44,7 @@ _LOOK_SECONDS = 0.5
 _POLL_SECONDS = 0.05
 """How often the thread looks for work. Waking it at every write would hand it the interpreter in the middle of a
 step: measured on two busy cores, a `write` that took 0.03 ms then took 5 to 10."""
-_UNREAD_POLL_SECONDS = 0.25
+_UNREAD_POLL_SECONDS = 0.5
 """How often while nobody reads."""
 _GATHER_BYTES = 16e6
 """Queued bytes that are worked on at once. Less than that waits for the next flush: a dozen steps one after another
