@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moeviz.errors import MoevizError
-from moeviz.records import LoadRecord, Record
+from moeviz.records import LoadRecord, MetricRecord, Record
 from moeviz.store.background import BackgroundSink
 from moeviz.store.columns import Rows
 from moeviz.store.cover import SegmentName
@@ -118,7 +118,7 @@ class SegmentWriter:
             raise MoevizError(f"the writer of {self.path} is closed; open a new SegmentWriter to write more")
         if isinstance(record, StepRecord):
             self._steps.append(record)
-            self._pending_bytes += _nbytes(record)
+            self._pending_bytes += self._row_bytes(record)
         elif isinstance(record, SampleRecord):
             self._samples.append(record)
             size = held_bytes(record)
@@ -221,6 +221,12 @@ class SegmentWriter:
             bytes=self._stats.bytes + path.stat().st_size,
         )
 
+    def _row_bytes(self, record: StepRecord) -> int:
+        """About the bytes of its rows."""
+        if isinstance(record, LoadRecord):
+            return 4 * record.counts_LE.nbytes
+        return 64 * len(record.values) * (len(self._num_experts) if isinstance(record, MetricRecord) else 1)
+
     def _first_free(self, table: str) -> int:
         """Flush numbers go on where an earlier writer of this rank and attempt stopped."""
         parsed = (SegmentName.parse(name) for name in segment_names(self.path / table))
@@ -263,13 +269,6 @@ def _together(
             except Exception as error:
                 failure = error
         return encoded, failure
-
-
-def _nbytes(record: StepRecord) -> int:
-    """About the bytes of its rows."""
-    if isinstance(record, LoadRecord):
-        return 4 * record.counts_LE.nbytes
-    return 64 * sum(np.size(value) for value in record.values.values())
 
 
 def _attempt(info: RunInfo, number: int | None) -> Attempt:
