@@ -14,7 +14,6 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from moeviz.errors import MoevizError
 from moeviz.records import LoadRecord, MetricRecord, Record
@@ -197,7 +196,7 @@ class SegmentWriter:
         return self._stats
 
     def _write_table(self, table: str, rows: pa.Table) -> None:
-        steps = pc.min_max(rows["step"]).as_py()
+        steps_R = rows["step"].to_numpy()
         flush = self._next_flush[table]
         name = SegmentName(
             rank=self.rank,
@@ -205,12 +204,12 @@ class SegmentWriter:
             from_step=self._attempt.from_step,
             first_flush=flush,
             last_flush=flush,
-            first_step=steps["min"],
-            last_step=steps["max"],
+            first_step=int(steps_R.min()),
+            last_step=int(steps_R.max()),
             level=0,
             active_ms=int(time.time() * 1000),
         )
-        rows, row_groups = rows.cast(self._schemas[table]), None
+        rows, row_groups = rows.replace_schema_metadata(self._schemas[table].metadata), None
         if has_tiles(TABLES[table].order):
             rows, row_groups = tiled(rows)
         path = write_segment(self.path / table, name, rows, row_groups=row_groups)
