@@ -46,7 +46,7 @@ STAGES: dict[str, tuple[str, Callable[..., Any]]] = {
     "flush of the queue": ("moeviz.store.background.BackgroundSink.flush", raising(Broken("flush"))),
     "making records": ("moeviz.capture.load_batch.LoadBatch.materialize", raising(Broken("records"))),
     "metrics": ("moeviz.derive.DeriveSink._from_loads", raising(Broken("metrics"))),
-    "encoding samples": ("moeviz.store.writer.encode", raising(Broken("encoding"))),
+    "encoding samples": ("moeviz.store.writer.encode_samples", raising(Broken("encoding"))),
     "encoding steps": ("moeviz.store.writer.encode_steps", raising(Broken("encoding"))),
     "disk": ("moeviz.store.writer.write_segment", raising(FULL)),
     "sidecar does not start": ("moeviz.store.writer.start_compactor", raising(FULL)),

@@ -24,6 +24,7 @@ from moeviz.records import (
 )
 from moeviz.store.columns import Rows
 from moeviz.store.encode import encode
+from moeviz.store.encode_samples import SampleRecord, encode_samples
 from moeviz.store.encode_steps import encode_steps
 from moeviz.store.reader import open_run
 from moeviz.store.schema import TABLES
@@ -304,3 +305,82 @@ def test_a_record_that_is_no_row_costs_itself_alone(tmp_path: Path) -> None:
     writer.close()
     with open_run(path) as store:
         assert store.sql("SELECT step FROM scalars ORDER BY step")["step"].tolist() == [0, 2]
+
+
+def some_samples(rng: np.random.Generator) -> list[SampleRecord]:
+    """Sequences with and without losses and domains, their decisions, maps of any shape, and alerts."""
+    records: list[SampleRecord] = []
+    for step in range(6):
+        num_seqs, length, k = (int(n) for n in rng.integers(1, 5, 3))
+        lengths_N = rng.integers(0, length + 1, num_seqs)
+        seqs, ids = np.arange(num_seqs), rng.integers(0, 900, (num_seqs, length)).astype(np.int32)
+        loss = None if step % 3 == 1 else rng.random((num_seqs, length), dtype=np.float32)
+        domains = tuple((None, "π", "code")[int(rng.integers(3))] for _ in seqs)
+        records.append(
+            SequenceRecord(
+                step=step,
+                rank=1,
+                seqs=seqs,
+                token_ids_NS=ids,
+                lengths_N=lengths_N,
+                domains=domains,
+                token_loss_NS=loss,
+            )
+        )
+        experts = rng.integers(0, 9, (step % 3, num_seqs, length, k)).astype(np.uint16)
+        weights = rng.random(experts.shape, dtype=np.float32) * (1 + step % 2)
+        records.append(
+            TokenRoutingRecord(
+                step=step,
+                rank=1,
+                layers=np.arange(step % 3),
+                seqs=seqs,
+                experts_LNSK=experts,
+                weights_LNSK=weights,
+                lengths_N=lengths_N,
+            )
+        )
+        for head in range(3):
+            map_QC = rng.random(rng.integers(1, 6, 2), dtype=np.float32)
+            map_QC[rng.random(map_QC.shape) < 0.1] = rng.choice([np.nan, np.inf, -np.inf, 0.0])
+            records.append(
+                AttentionRecord(
+                    step=step, rank=1, layer=2, head=head, seq=7, map_QC=map_QC, q_len=9, k_len=step
+                )
+            )
+        records.append(
+            AlertRecord(
+                episode=f"DEAD/{step}",
+                rule="DEAD",
+                rule_version=1,
+                layer=None if step % 2 else 3,
+                experts=tuple(range(step % 3)),
+                severity="error",
+                raised_step=1,
+                updated_step=step,
+                cleared_step=step if step % 2 else None,
+                value=0.5,
+                peak=1.0,
+                threshold=0.1,
+                message="m",
+                remedy="r",
+                evidence={"at": step},
+            )
+        )
+    return records
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_encoded_together_are_the_rows_of_each_in_order(seed: int) -> None:
+    records = some_samples(np.random.default_rng(seed))
+
+    def as_rows(found: Iterable[Rows]) -> dict[str, list[str]]:
+        by_table: dict[str, list[str]] = {}
+        for table, batch in found:
+            by_table.setdefault(table, []).extend(map(repr, batch.to_pylist()))
+        return by_table
+
+    together = as_rows(encode_samples(records))
+    assert together == as_rows(part for record in records for part in encode(record))
+    assert len(together["attention"]) == 6 * 3
+    assert len(together["alerts"]) == 6

@@ -15,13 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from store_runs import Step, event, new_run, write_steps
 
 from moeviz.errors import MoevizError, RunNotFoundError
+from moeviz.records import AttentionRecord
 from moeviz.store import writer as writer_module
 from moeviz.store.cover import SegmentName
+from moeviz.store.encode_samples import held_bytes
 from moeviz.store.reader import open_run
 from moeviz.store.run import resume_run
 from moeviz.store.writer import SegmentWriter
@@ -128,6 +131,28 @@ def test_it_flushes_by_itself_when_enough_has_gathered(tmp_path: Path) -> None:
     assert patient.stats.segments == 0
     patient.close()
     assert patient.stats.segments == 1
+
+
+def test_samples_that_wait_are_bounded_and_those_that_are_no_rows_cost_themselves_alone(
+    tmp_path: Path,
+) -> None:
+    path = new_run(tmp_path / "run")
+    writer = SegmentWriter(path, flush_seconds=1e9, flush_bytes=1e9)
+    most = 0
+    for step in range(100):
+        shape = (100,) if step == 99 else (100, 200)
+        record = AttentionRecord(
+            step=step, rank=0, layer=0, head=0, seq=0, map_QC=np.ones(shape, np.float32), q_len=100, k_len=200
+        )
+        writer.write(record)
+        most = max(most, sum(held_bytes(each) for each in writer._samples))
+    assert 100_000 < most <= 2_000_000
+    assert writer._pending_bytes < 100 * 80_000 / 2
+    with pytest.raises((ValueError, IndexError)):
+        writer.flush()
+    writer.close()
+    with open_run(path) as store:
+        assert store.sql("SELECT step FROM attention ORDER BY step")["step"].tolist() == list(range(99))
 
 
 def test_names_say_the_steps_that_are_inside(tmp_path: Path) -> None:

@@ -1,19 +1,18 @@
 """Records -> rows of the tables, as Arrow batches. Pure: no file, no clock, no queue.
 
 Arrays are handed over without a copy wherever their layout allows (`ListArray.from_arrays` on the buffer of a
-numpy array); gate weights and sums of scores lose bits that are noise (see `quantise`).
+numpy array). What there is much of is encoded many records at once: see `encode_steps` and `encode_samples`.
 
-Shapes: L layers, E experts, N sequences, S sequence, K experts per token.
+Shapes: X pictures of latents, S rows and C columns of each, R singular values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import singledispatch
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 
 from moeviz.records import (
@@ -31,8 +30,8 @@ from moeviz.records import (
     TokenRoutingRecord,
 )
 from moeviz.store.columns import Rows, constant, lists, table_rows
+from moeviz.store.encode_samples import SampleRecord, encode_samples, json_text
 from moeviz.store.encode_steps import StepRecord, encode_steps
-from moeviz.store.quantise import weight_codes
 
 
 @singledispatch
@@ -56,83 +55,18 @@ def _(record: StepRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     yield from encode_steps([record], num_experts)
 
 
-@encode.register
-def _(record: TokenRoutingRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
-    num_layers, num_seqs, _, k = record.experts_LNSK.shape
-    if num_layers * num_seqs == 0:
-        return
-    lengths_N = np.asarray(record.lengths_N, dtype=np.int32)
-    codes_LNSK, scale_LN = weight_codes(record.weights_LNSK)
-    yield table_rows(
-        "routing",
-        {
-            "step": constant(record.step, num_layers * num_seqs, pa.int32()),
-            "rank": constant(record.rank, num_layers * num_seqs, pa.uint16()),
-            "layer": np.repeat(np.asarray(record.layers, dtype=np.uint16), num_seqs),
-            "seq": np.tile(np.asarray(record.seqs, dtype=np.uint32), num_layers),
-            "n_tokens": np.tile(lengths_N, num_layers),
-            "k": constant(k, num_layers * num_seqs, pa.uint8()),
-            "experts": _sequences(record.experts_LNSK, lengths_N, np.uint16),
-            "weights": _sequences(codes_LNSK, lengths_N, np.uint8),
-            "weight_scale": scale_LN.reshape(-1),
-        },
-        num_layers * num_seqs,
-    )
-
-
-@encode.register
-def _(record: SequenceRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
-    num_seqs = len(record.seqs)
-    if num_seqs == 0:
-        return
-    lengths_N = np.asarray(record.lengths_N, dtype=np.int32)
-    loss_NS = record.token_loss_NS
-    yield table_rows(
-        "sequences",
-        {
-            "step": constant(record.step, num_seqs, pa.int32()),
-            "rank": constant(record.rank, num_seqs, pa.uint16()),
-            "seq": np.asarray(record.seqs, dtype=np.uint32),
-            "domain": pa.array(record.domains, pa.string()),
-            "n_tokens": lengths_N,
-            "token_ids": _sequences(record.token_ids_NS[None], lengths_N, np.int32),
-            "token_loss": None if loss_NS is None else _sequences(loss_NS[None], lengths_N, np.float32),
-        },
-        num_seqs,
-    )
+@encode.register(TokenRoutingRecord)
+@encode.register(SequenceRecord)
+@encode.register(AttentionRecord)
+@encode.register(AlertRecord)
+def _(record: SampleRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
+    yield from encode_samples([record])
 
 
 @encode.register
 def _(record: ProbeRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
-    parts: tuple[Record, ...] = (record.sequences, *record.routings)
-    for part in parts:
-        for rows in encode(part, num_experts):
-            yield rows._replace(table=f"probe_{rows.table}")
-
-
-@encode.register
-def _(record: AttentionRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
-    rows, cols = record.map_QC.shape
-    map_QC = np.nan_to_num(np.asarray(record.map_QC, dtype=np.float32), posinf=0.0, neginf=0.0)
-    row_max_Q = map_QC.max(axis=1, initial=0.0)
-    codes_QC = np.rint(map_QC * (255 / np.where(row_max_Q > 0, row_max_Q, 1))[:, None]).astype(np.uint8)
-    yield table_rows(
-        "attention",
-        {
-            "step": [record.step],
-            "rank": [record.rank],
-            "layer": [record.layer],
-            "head": [record.head],
-            "seq": [record.seq],
-            "q_len": [record.q_len],
-            "k_len": [record.k_len],
-            "rows": [rows],
-            "cols": [cols],
-            "row_max": lists(row_max_Q, np.array([0, rows])),
-            "map": lists(codes_QC.reshape(-1), np.array([0, rows * cols])),
-        },
-        1,
-    )
+    for rows in encode_samples([record.sequences, *record.routings]):
+        yield rows._replace(table=f"probe_{rows.table}")
 
 
 @encode.register
@@ -174,20 +108,9 @@ def _(record: LatentRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
 
 
 @encode.register
-def _(record: AlertRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
-    fields = (
-        "episode rule rule_version layer experts severity raised_step cleared_step value peak threshold "
-        "message remedy"
-    )
-    columns: dict[str, Any] = {name: [getattr(record, name)] for name in fields.split()}
-    columns |= {"step": [record.updated_step], "evidence": [_json(record.evidence)]}
-    yield table_rows("alerts", columns, 1)
-
-
-@encode.register
 def _(record: EventRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]:
     columns = {name: [getattr(record, name)] for name in ("step", "rank", "ts", "kind")}
-    yield table_rows("events", {**columns, "detail": [_json(record.detail)]}, 1)
+    yield table_rows("events", {**columns, "detail": [json_text(record.detail)]}, 1)
 
 
 @encode.register
@@ -205,20 +128,3 @@ def _(record: AnalysisRecord, num_experts: Sequence[int] = ()) -> Iterator[Rows]
         numbers = [getattr(each, name) for each in values]
         columns[name] = [None if number != number else number for number in numbers]
     yield table_rows("analysis", columns, len(values))
-
-
-def _sequences(array_LNS: np.ndarray, lengths_N: np.ndarray, dtype: type) -> pa.ListArray:
-    """[L, N, S, ...] -> one list per (layer, sequence) with its first `length` positions, flattened."""
-    num_layers, _, length = array_LNS.shape[:3]
-    width = int(np.prod(array_LNS.shape[3:], dtype=np.int64))
-    array_LNS = np.ascontiguousarray(array_LNS, dtype=dtype)
-    if not (lengths_N == length).all():
-        array_LNS = array_LNS[:, np.arange(length) < lengths_N[:, None]]
-    offsets = np.concatenate(([0], np.cumsum(np.tile(lengths_N.astype(np.int64) * width, num_layers))))
-    return lists(array_LNS.reshape(-1), offsets)
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return orjson.dumps(
-        value, default=str, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-    ).decode()

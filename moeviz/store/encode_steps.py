@@ -8,6 +8,7 @@ Shapes: N records of one shape, L layers, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def encode_steps(records: Sequence[StepRecord], num_experts: Sequence[int] = ())
         if isinstance(same[0], LoadRecord):
             yield from _loads(same, num_experts)
         elif isinstance(same[0], MetricRecord):
-            yield from _metrics([record.step for record in same], [record.values for record in same])
+            yield from _metrics(same)
         else:
             yield from _scalars(same)
 
@@ -46,8 +47,12 @@ def _shape(record: StepRecord) -> tuple[object, ...]:
         arrays = (record.prob_sum_LE, record.weight_sum_LE, record.bias_LE, record.dropped_LE)
         return LoadRecord, record.counts_LE.shape, *(a is None for a in arrays), *record.token_sums
     if isinstance(record, MetricRecord):
-        return MetricRecord, *((name, np.shape(value)) for name, value in record.values.items())
+        return MetricRecord, *record.values, *_shapes(record.values)
     return (ScalarRecord,)
+
+
+def _shapes(values: Mapping[str, np.ndarray | float]) -> list[tuple[int, ...]]:
+    return [value.shape if isinstance(value, np.ndarray) else np.shape(value) for value in values.values()]
 
 
 def _loads(records: Sequence[LoadRecord], num_experts: Sequence[int]) -> Iterator[Rows]:
@@ -86,35 +91,41 @@ def _loads(records: Sequence[LoadRecord], num_experts: Sequence[int]) -> Iterato
         if name in sums:
             columns[column] = np.asarray(sums[name], dtype=np.float32) / tokens_R.astype(np.float32)
     yield table_rows("expert_load", columns, len(records) * num_layers)
-    others = [
-        {
-            f"mean/{name}": np.asarray(sums_L, dtype=np.float64) / max(record.tokens, 1)
-            for name, sums_L in record.token_sums.items()
-            if name not in MEANS
-        }
-        for record in records
-    ]
-    yield from _metrics([record.step for record in records], others)
+    others = [name for name in sums if name not in MEANS]
+    if others:
+        tokens_N1 = np.maximum([record.tokens for record in records], 1)[:, None]
+        means = [
+            np.asarray(sums[name], dtype=np.float64).reshape(-1, num_layers) / tokens_N1 for name in others
+        ]
+        shapes = {f"mean/{name}": (num_layers,) for name in others}
+        yield _metric_rows([record.step for record in records], shapes, np.stack(means, axis=1).reshape(-1))
 
 
-def _metrics(steps: Sequence[int], values: Sequence[Mapping[str, np.ndarray | float]]) -> Iterator[Rows]:
-    """Rows of steps whose values have the same names and shapes."""
-    shapes = [(name, np.shape(value)) for name, value in values[0].items()]
+def _metrics(records: Sequence[MetricRecord]) -> Iterator[Rows]:
+    """Rows of records whose values have the same names and shapes."""
+    shapes = dict(zip(records[0].values, _shapes(records[0].values), strict=True))
     if not shapes:
         return
-    sizes = [int(np.prod(shape, dtype=np.int64)) for _, shape in shapes]
-    own = [np.arange(size) if shape else [-1] for size, (_, shape) in zip(sizes, shapes, strict=True)]
+    values: list[Any] = [value for record in records for value in record.values.values()]
+    if any(len(shape) != 1 for shape in shapes.values()):
+        values = [np.reshape(value, -1) for value in values]
+    values_R = np.concatenate(values, dtype=np.float64, casting="unsafe")
+    yield _metric_rows([record.step for record in records], shapes, values_R)
+
+
+def _metric_rows(steps: Sequence[int], shapes: Mapping[str, tuple[int, ...]], values_R: np.ndarray) -> Rows:
+    """`values_R`: of each step, then of each name, then of each layer; of shape () is a value of the whole run."""
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    own = [np.arange(size) if shape else [-1] for size, shape in zip(sizes, shapes.values(), strict=True)]
     layers_R = np.tile(np.concatenate(own), len(steps))
     names = np.repeat(np.arange(len(shapes)), sizes)
     columns = {
         "step": np.repeat(np.asarray(steps, dtype=np.int32), sum(sizes)),
         "layer": pa.array(layers_R.astype(np.uint16), mask=layers_R < 0),
-        "name": pa.array([name for name, _ in shapes]).take(pa.array(np.tile(names, len(steps)))),
-        "value": np.concatenate(
-            [np.asarray(value, dtype=np.float64).reshape(-1) for each in values for value in each.values()]
-        ),
+        "name": pa.array(list(shapes)).take(pa.array(np.tile(names, len(steps)))),
+        "value": values_R,
     }
-    yield table_rows("metrics", columns, len(layers_R))
+    return table_rows("metrics", columns, len(layers_R))
 
 
 def _scalars(records: Sequence[ScalarRecord]) -> Iterator[Rows]:

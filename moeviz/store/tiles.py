@@ -36,6 +36,8 @@ def tiled(rows: pa.Table, order: Sequence[str] = ()) -> Tiled:
     if rows.num_rows == 0:
         return Tiled(rows, [])
     tile_R = tile_numbers(rows["layer"].to_numpy(), rows["step"].to_numpy(), rows.nbytes / rows.num_rows)
+    if not order and not tile_R.any():  # a fresh file of few steps: one tile, in the order that it has
+        return Tiled(rows, [rows.num_rows])
     if order:
         keys = pa.table([pa.array(tile_R), *rows.select(list(order)).columns], names=["tile", *order])
         at_R = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in keys.column_names]).to_numpy()

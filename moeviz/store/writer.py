@@ -8,31 +8,35 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from moeviz.errors import MoevizError
-from moeviz.records import LoadRecord, Record
+from moeviz.records import LoadRecord, MetricRecord, Record
 from moeviz.store.background import BackgroundSink
 from moeviz.store.columns import Rows
 from moeviz.store.cover import SegmentName
 from moeviz.store.encode import encode
+from moeviz.store.encode_samples import SampleRecord, encode_samples, held_bytes
 from moeviz.store.encode_steps import StepRecord, encode_steps
 from moeviz.store.run import Attempt, RunInfo, read_info, start_compactor
 from moeviz.store.schema import TABLES, segment_schema
 from moeviz.store.segments import remove_temporaries, segment_names, write_segment
 from moeviz.store.tiles import has_tiles, tiled
 
+_Kind = TypeVar("_Kind", StepRecord, SampleRecord)
+
 __all__ = ["BackgroundSink", "SegmentWriter", "WriterStats"]
 
 
 _SIDECAR_SEGMENTS = 500
 """Segments (of all tables) after which merging them pays: about a minute and a half of training."""
+_SAMPLE_BYTES = 2e6
+"""Samples that wait to be encoded together: a map takes four times the memory of its codes until then."""
 
 
 class WriterStats(NamedTuple):
@@ -91,7 +95,11 @@ class SegmentWriter:
         self._pending: dict[str, list[pa.RecordBatch]] = {table: [] for table in TABLES}
         self._steps: list[StepRecord] = []
         """What every step has waits for the flush: encoded together it costs a fraction."""
+        self._samples: list[SampleRecord] = []
+        """So do samples and alerts, until they are many."""
+        self._sample_bytes = 0
         self._pending_bytes = 0
+        """Of all of these, about."""
         self._due = time.monotonic() + flush_seconds
         self._last_ts = 0.0
         self._stats = WriterStats(0, 0, 0, 0)
@@ -109,10 +117,18 @@ class SegmentWriter:
             raise MoevizError(f"the writer of {self.path} is closed; open a new SegmentWriter to write more")
         if isinstance(record, StepRecord):
             self._steps.append(record)
-            self._pending_bytes += _nbytes(record)
+            self._pending_bytes += self._row_bytes(record)
+        elif isinstance(record, SampleRecord):
+            self._samples.append(record)
+            size = held_bytes(record)
+            self._sample_bytes, self._pending_bytes = self._sample_bytes + size, self._pending_bytes + size
+            if self._failing or self._sample_bytes > _SAMPLE_BYTES:
+                failure = self._encode_samples()
+                if failure is not None:
+                    raise failure
         else:
             for table, batch in encode(record, self._num_experts):
-                self._pending[table].append(self._stamped(batch) if table == "alerts" else batch)
+                self._pending[table].append(batch)
                 self._pending_bytes += batch.nbytes
         late = time.monotonic() >= self._due
         if late or (self._pending_bytes >= self._flush_bytes and not self._failing):
@@ -125,10 +141,11 @@ class SegmentWriter:
 
         Raises:
             OSError: the disk refused; what was not written is kept, within bounds, for the next flush.
-            Exception: a load, metric or scalar that is no row; it is given up, the others are written.
+            Exception: a record that is no row; it is given up, the others are written.
         """
         begin = time.monotonic()
-        failure: Exception | None = self._encode_steps()
+        failure: Exception | None = self._encode_samples()
+        failure = self._encode_steps() or failure
         for table, batches in self._pending.items():
             if batches:
                 try:
@@ -147,26 +164,23 @@ class SegmentWriter:
             self._sidecar = start_compactor(self.path)
 
     def _encode_steps(self) -> Exception | None:
-        """Turn the records that waited for this flush into rows, together or else one by one; the last error."""
+        """Turn the records that waited for this flush into rows; the last error."""
         records, self._steps = self._steps, []
-        try:
-            encoded, failure = list(encode_steps(records, self._num_experts)), None
-        except Exception:
-            encoded, failure = self._encode_each(records)
+        encoded, failure = _together(lambda some: encode_steps(some, self._num_experts), records)
         for table, batch in encoded:
             self._pending[table].append(batch)
         return failure
 
-    def _encode_each(self, records: Sequence[StepRecord]) -> tuple[list[Rows], Exception | None]:
-        """The rows of those that are rows, and the error of the last one that is not."""
-        encoded: list[Rows] = []
-        failure: Exception | None = None
-        for record in records:
-            try:
-                encoded += encode_steps([record], self._num_experts)
-            except Exception as error:
-                failure = error
-        return encoded, failure
+    def _encode_samples(self) -> Exception | None:
+        """The same for samples and alerts."""
+        records, self._samples = self._samples, []
+        encoded, failure = _together(encode_samples, records)
+        for table, batch in encoded:
+            self._pending[table].append(self._stamped(batch) if table == "alerts" else batch)
+            self._pending_bytes += batch.nbytes
+        self._pending_bytes -= self._sample_bytes
+        self._sample_bytes = 0
+        return failure
 
     def close(self) -> None:
         """Flush, then refuse further writes. Closing twice is allowed."""
@@ -182,7 +196,7 @@ class SegmentWriter:
         return self._stats
 
     def _write_table(self, table: str, rows: pa.Table) -> None:
-        steps = pc.min_max(rows["step"]).as_py()
+        steps_R = rows["step"].to_numpy()
         flush = self._next_flush[table]
         name = SegmentName(
             rank=self.rank,
@@ -190,12 +204,12 @@ class SegmentWriter:
             from_step=self._attempt.from_step,
             first_flush=flush,
             last_flush=flush,
-            first_step=steps["min"],
-            last_step=steps["max"],
+            first_step=int(steps_R.min()),
+            last_step=int(steps_R.max()),
             level=0,
             active_ms=int(time.time() * 1000),
         )
-        rows, row_groups = rows.cast(self._schemas[table]), None
+        rows, row_groups = rows.replace_schema_metadata(self._schemas[table].metadata), None
         if has_tiles(TABLES[table].order):
             rows, row_groups = tiled(rows)
         path = write_segment(self.path / table, name, rows, row_groups=row_groups)
@@ -205,6 +219,12 @@ class SegmentWriter:
             segments=self._stats.segments + 1,
             bytes=self._stats.bytes + path.stat().st_size,
         )
+
+    def _row_bytes(self, record: StepRecord) -> int:
+        """About the bytes of its rows."""
+        if isinstance(record, LoadRecord):
+            return 4 * record.counts_LE.nbytes
+        return 64 * len(record.values) * (len(self._num_experts) if isinstance(record, MetricRecord) else 1)
 
     def _first_free(self, table: str) -> int:
         """Flush numbers go on where an earlier writer of this rank and attempt stopped."""
@@ -216,9 +236,10 @@ class SegmentWriter:
 
     def _stamped(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Alerts get a strictly increasing time, which orders transitions within one step."""
-        self._last_ts = max(time.time(), self._last_ts + 1e-6)
+        ts_R = max(time.time(), self._last_ts + 1e-6) + 1e-6 * np.arange(batch.num_rows)
+        self._last_ts = float(ts_R[-1])
         at = batch.schema.get_field_index("ts")
-        return batch.set_column(at, batch.schema.field(at), pa.array([self._last_ts], pa.float64()))
+        return batch.set_column(at, batch.schema.field(at), pa.array(ts_R))
 
     def _bound_memory(self) -> None:
         """Give up rows, samples first, until what waits for the disk fits `retry_bytes`."""
@@ -230,11 +251,23 @@ class SegmentWriter:
                 self._stats = self._stats._replace(dropped_rows=self._stats.dropped_rows + given_up.num_rows)
 
 
-def _nbytes(record: StepRecord) -> int:
-    """About the bytes of its rows."""
-    if isinstance(record, LoadRecord):
-        return 4 * record.counts_LE.nbytes
-    return 64 * sum(np.size(value) for value in record.values.values())
+def _together(
+    encode_all: Callable[[Sequence[_Kind]], Iterable[Rows]], records: Sequence[_Kind]
+) -> tuple[list[Rows], Exception | None]:
+    """The rows of all records; if one of them is no row, those of the others, and the last error."""
+    if not records:
+        return [], None
+    try:
+        return list(encode_all(records)), None
+    except Exception:
+        encoded: list[Rows] = []
+        failure: Exception | None = None
+        for record in records:
+            try:
+                encoded += encode_all([record])
+            except Exception as error:
+                failure = error
+        return encoded, failure
 
 
 def _attempt(info: RunInfo, number: int | None) -> Attempt:
