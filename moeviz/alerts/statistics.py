@@ -25,7 +25,11 @@ _JUDGED = (
 
 
 class LoadStatistics:
-    """Running statistics of L layers. Call `update` once a record, or `follow` with several; read the attributes."""
+    """Running statistics of L layers. `follow` takes records in; the attributes say what is known after the last.
+
+    Whatever does not hang on the record before is computed for all records at once; the averages alone go record by
+    record. What a course keeps is made anew, never changed.
+    """
 
     def __init__(self, num_experts_L: np.ndarray, top_k_L: np.ndarray, config: AlertConfig) -> None:
         self.num_experts_L = num_experts_L
@@ -35,7 +39,8 @@ class LoadStatistics:
         self._mask_LE = load.expert_mask(num_experts_L, width)
         self._padding_LE = ~self._mask_LE if not self._mask_LE.all() else None
         self._coverage_L1 = (top_k_L / num_experts_L)[:, None]
-        self._middle_L = (num_experts_L - 1) // 2, num_experts_L // 2
+        first_L = width * np.arange(1, layers + 1) - num_experts_L  # of a layer's experts behind its padding
+        self._middle_2L = np.stack([first_L + (num_experts_L - 1) // 2, first_L + num_experts_L // 2])
         self.starved_line_L = load.starved_line(
             num_experts_L, cap=config.starved_cap, scale=config.starved_scale
         )
@@ -56,18 +61,42 @@ class LoadStatistics:
         """What sampling alone makes of `swing_L`."""
         self.autocorr_L = np.zeros(layers)
         """Lag-1 autocorrelation of that distance, pooled over experts: -1 when loads alternate."""
-        self._last_LE, self._before_LE, self._gap_LE, self._square_LE = np.zeros((4, layers, width))
-        self._square2_L, self._swing2_L, self._covariance_L, self._unit_variance_L = np.zeros((4, layers))
+        self._last_LE, self._before_LE, self._gap_LE, self._ratio_LE = np.zeros((4, layers, width))
+        self._averages_3L, self._unit_variance_L = np.zeros((3, layers)), np.zeros(layers)
 
     def follow(self, counts_TLE: np.ndarray) -> LoadStatistics:
-        """Take in T records; returns the course: a copy whose attributes have a leading axis, a row after each."""
-        rows = []
-        for counts_LE in counts_TLE:
-            self.update(counts_LE)
-            rows.append([getattr(self, name) for name in _JUDGED])
-        course = copy.copy(self)
-        for name, values in zip(_JUDGED, zip(*rows, strict=True), strict=True):
-            setattr(course, name, np.array(values))
+        """Take in the assignment counts of T records; layers without assignments keep their state.
+
+        Returns the course: a copy whose attributes have a leading axis, a row after each record.
+        """
+        width_L, course = self.num_experts_L, copy.copy(self)
+        course.assignments_L = counts_TLE.sum(axis=-1).astype(np.float64)
+        fresh_TL = course.assignments_L > 0
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rel_TLE = counts_TLE * (width_L / course.assignments_L)[..., None]
+        even_TL = np.maximum(course.assignments_L, 1) / width_L
+        planned_TL = np.ceil(64 * self._config.design_effect_prior / (even_TL * self.starved_line_L))
+        course.window_L = np.maximum(self._config.window_min, planned_TL)
+        if not fresh_TL.all():
+            _hold(rel_TLE, fresh_TL[..., None], self._last_LE)
+            _hold(course.window_L, fresh_TL, self.window_L)
+        course.seen_L = self.seen_L + np.cumsum(fresh_TL, axis=0)
+        course.even_total_L = _running_sum(self.even_total_L, course.assignments_L / width_L)
+        alpha_TL = 2 / (course.window_L + 1)
+        weight_TL = _weight(alpha_TL, fresh_TL, course.seen_L)
+        course.mean_LE, gap_TLE = _average(self.mean_LE, rel_TLE, weight_TL[..., None])
+        last_TLE = _behind(self._last_LE, rel_TLE)
+        room_TLE = self._room(course.mean_LE)
+        total_TL = self._total(room_TLE) / even_TL
+        square2_TL = _square(rel_TLE - _behind(self._before_LE, last_TLE)) / (2 * total_TL)
+        self._swing(course, gap_TLE, alpha_TL, fresh_TL, square2_TL)
+        self._noise(course, _ratio(rel_TLE, last_TLE, room_TLE, even_TL), fresh_TL)
+        course._unit_variance_L = course.design_effect_L / (even_TL * course.window_L)
+        believed_TL = np.minimum(course.design_effect_L, self._config.swing_design_effect)
+        course.swing_noise_L = np.sqrt(believed_TL * total_TL / width_L)
+        self._gap_LE, self._last_LE, self._before_LE = gap_TLE[-1], rel_TLE[-1], last_TLE[-1]
+        for name in (*_JUDGED, "window_L"):
+            setattr(self, name, getattr(course, name)[-1])
         return course
 
     def at(self, t: int) -> LoadStatistics:
@@ -77,86 +106,64 @@ class LoadStatistics:
             setattr(then, name, getattr(self, name)[t])
         return then
 
-    def update(self, counts_LE: np.ndarray) -> None:
-        """Take in the assignment counts of one record. Layers without assignments keep their state."""
-        self.assignments_L = np.asarray(counts_LE).sum(axis=-1).astype(np.float64)
-        fresh_L = self.assignments_L > 0
-        with np.errstate(invalid="ignore", divide="ignore"):
-            rel_LE = counts_LE * (self.num_experts_L / self.assignments_L)[:, None]
-        if not fresh_L.all():
-            rel_LE = np.where(fresh_L[:, None], rel_LE, self._last_LE)
-        # What a course keeps is made anew, never changed.
-        self.seen_L = self.seen_L + fresh_L
-        self.even_total_L = self.even_total_L + self.assignments_L / self.num_experts_L
-        self._smooth(rel_LE, fresh_L)
-
-    def _smooth(self, rel_LE: np.ndarray, fresh_L: np.ndarray) -> None:
-        config = self._config
-        even_L = np.maximum(self.assignments_L, 1) / self.num_experts_L
-        planned_L = np.ceil(64 * config.design_effect_prior / (even_L * self.starved_line_L))
-        self.window_L = np.where(fresh_L, np.maximum(config.window_min, planned_L), self.window_L)
-        gap_LE = rel_LE - self.mean_LE
-        alpha_L = 2 / (self.window_L + 1)
-        self.mean_LE = self.mean_LE + self._weight(alpha_L, fresh_L)[:, None] * gap_LE
+    def _swing(
+        self,
+        course: LoadStatistics,
+        gap_TLE: np.ndarray,
+        alpha_TL: np.ndarray,
+        fresh_TL: np.ndarray,
+        square2_TL: np.ndarray,
+    ) -> None:
+        """Average what is one number a layer: the swing, its covariance with the one before, squares at lag 2."""
         # A gap before the mean has settled would count as a swing.
-        swinging_L = fresh_L & (self.seen_L > config.window_min // 2)
-        self._swing(gap_LE, alpha_L * swinging_L)
-        self._noise(rel_LE, even_L, fresh_L)
-        self._gap_LE, self._last_LE, self._before_LE = gap_LE, rel_LE, self._last_LE
+        swinging_TL = alpha_TL * (fresh_TL & (course.seen_L > self._config.window_min // 2))
+        noise_TL = _weight(self._noise_alpha(course.window_L), fresh_TL, course.seen_L - 2)
+        covariance_TL = np.einsum("tle,tle->tl", gap_TLE, _behind(self._gap_LE, gap_TLE))
+        values_T3L = np.stack([_square(gap_TLE), covariance_TL, square2_TL], axis=1)
+        weight_T3L = np.stack([swinging_TL, swinging_TL, noise_TL], axis=1)
+        averages_T3L, _ = _average(self._averages_3L, values_T3L, weight_T3L)
+        self._averages_3L = averages_T3L[-1]
+        course._averages_3L = averages_T3L
+        course.swing_L = np.sqrt(averages_T3L[:, 0] / self.num_experts_L)
+        course.autocorr_L = averages_T3L[:, 1] / np.maximum(averages_T3L[:, 0], 1e-30)
 
-    def _weight(self, alpha_L: np.ndarray, fresh_L: np.ndarray, lag: int = 0) -> np.ndarray:
-        """Weight of the newest record: a plain mean until the window is full, exponential from then on."""
-        seen_L = self.seen_L - lag
-        return np.maximum(alpha_L, 1 / np.maximum(seen_L, 1)) * (fresh_L & (seen_L > 0))
+    def _noise(self, course: LoadStatistics, ratio_TLE: np.ndarray, fresh_TL: np.ndarray) -> None:
+        """Estimate D twice: from lag 1, a median over experts, and from lag 2, which an alternation cannot inflate.
 
-    def _swing(self, gap_LE: np.ndarray, weight_L: np.ndarray) -> None:
-        self._swing2_L += weight_L * (np.einsum("le,le->l", gap_LE, gap_LE) - self._swing2_L)
-        self._covariance_L += weight_L * (np.einsum("le,le->l", gap_LE, self._gap_LE) - self._covariance_L)
-        self.swing_L = np.sqrt(self._swing2_L / self.num_experts_L)
-        self.autocorr_L = self._covariance_L / np.maximum(self._swing2_L, 1e-30)
-
-    def _noise(self, rel_LE: np.ndarray, even_L: np.ndarray, fresh_L: np.ndarray) -> None:
-        """Estimate D twice.
-
-        From lag 1, a median over experts, and from lag 2, which an alternation cannot inflate.
+        `ratio_TLE`: squared differences at lag 1, in units of what independent tokens would make of them.
         """
-        alpha_L = 2 / (np.maximum(self._config.noise_window, self.window_L) + 1)
-        room_LE = self._room()
-        half_L = even_L / 2  # a square over twice its variance is half_L times the square over its room
-        square_LE = rel_LE - self._last_LE
-        square_LE *= square_LE
-        square_LE /= room_LE
-        settled_L = self.seen_L > self._config.window_min
-        limit_L = np.where(settled_L, _OUTLIER * self.design_effect_L / half_L, np.inf)
-        np.minimum(square_LE, limit_L[:, None], out=square_LE)
-        weight_L = self._weight(alpha_L, fresh_L, lag=1)
-        square_LE *= (weight_L * half_L)[:, None]
-        self._square_LE *= (1 - weight_L)[:, None]
-        self._square_LE += square_LE
-        total_L = self._total(room_LE) / even_L
-        lag2_LE = rel_LE - self._before_LE
-        square2_L = np.einsum("le,le->l", lag2_LE, lag2_LE) / (2 * total_L)
-        self._square2_L += self._weight(alpha_L, fresh_L, lag=2) * (square2_L - self._square2_L)
-        estimate_L = np.minimum(self._median(self._square_LE), self._square2_L)
-        self.design_effect_L = np.where(self.seen_L > 2, np.maximum(estimate_L, 1), 1.0)
-        self._unit_variance_L = self.design_effect_L / (even_L * self.window_L)
-        believed_L = np.minimum(self.design_effect_L, self._config.swing_design_effect)
-        self.swing_noise_L = np.sqrt(believed_L * total_L / self.num_experts_L)
+        seen_TL = course.seen_L
+        weight_TL1 = _weight(self._noise_alpha(course.window_L), fresh_TL, seen_TL - 1)[..., None]
+        ratio_TLE *= weight_TL1
+        limit_TL1 = np.where((seen_TL > self._config.window_min)[..., None], _OUTLIER * weight_TL1, np.inf)
+        most_TL = np.where(seen_TL > 2, course._averages_3L[:, 2], 1.0)
+        design_TL = np.empty_like(most_TL)
+        design_L, mean_LE = self.design_effect_L, self._ratio_LE
+        rows = zip(ratio_TLE, limit_TL1, 1 - weight_TL1, most_TL, design_TL, strict=True)
+        for ratio_LE, limit_L1, kept_L1, most_L, known_L in rows:
+            np.minimum(ratio_LE, limit_L1 * design_L[:, None], out=ratio_LE)
+            ratio_LE += mean_LE * kept_L1
+            np.maximum(np.minimum(self._median(ratio_LE), most_L), 1, out=known_L)
+            mean_LE, design_L = ratio_LE, known_L
+        self._ratio_LE, course.design_effect_L = mean_LE, design_TL
 
-    def _room(self) -> np.ndarray:
+    def _noise_alpha(self, window_TL: np.ndarray) -> np.ndarray:
+        return 2 / (np.maximum(self._config.noise_window, window_TL) + 1)
+
+    def _room(self, mean_TLE: np.ndarray) -> np.ndarray:
         """r (1 - k r/E) of each load, which over N k/E is its sampling variance for independent tokens.
 
         r is the mean, but not below the starved line: a starved expert's variance goes to 0, and a ratio to it would
         not settle. Padding gets 1.
         """
-        steady_LE = np.maximum(self.mean_LE, self.starved_line_L[:, None])
-        room_LE = steady_LE * self._coverage_L1
-        np.subtract(1, room_LE, out=room_LE)
-        np.maximum(room_LE, 1e-3, out=room_LE)
-        room_LE *= steady_LE
+        steady_TLE = np.maximum(mean_TLE, self.starved_line_L[:, None])
+        room_TLE = steady_TLE * self._coverage_L1
+        np.subtract(1, room_TLE, out=room_TLE)
+        np.maximum(room_TLE, 1e-3, out=room_TLE)
+        room_TLE *= steady_TLE
         if self._padding_LE is not None:
-            room_LE[self._padding_LE] = 1.0
-        return room_LE
+            room_TLE[:, self._padding_LE] = 1.0
+        return room_TLE
 
     def _total(self, values_LE: np.ndarray) -> np.ndarray:
         """Sum over the experts of each layer, without padding."""
@@ -165,13 +172,11 @@ class LoadStatistics:
         )
 
     def _median(self, values_LE: np.ndarray) -> np.ndarray:
-        """Median over the experts of each layer; padding sorts last."""
-        if self._padding_LE is not None:
-            values_LE = np.where(self._mask_LE, values_LE, np.inf)
-        ordered_LE = np.sort(values_LE, axis=-1)
-        rows_L = np.arange(len(ordered_LE))
-        low_L, high_L = self._middle_L
-        return (ordered_LE[rows_L, low_L] + ordered_LE[rows_L, high_L]) / 2
+        """Median over the experts of each layer; padding is 0 and sorts first, as nothing here is below 0."""
+        ordered_LE = values_LE.copy()
+        ordered_LE.sort(axis=-1)
+        low_L, high_L = ordered_LE.take(self._middle_2L)
+        return (low_L + high_L) / 2
 
     def mean_sd(self, rel: np.ndarray) -> np.ndarray:
         """Standard deviation of a smoothed load m = `rel` [L] of each layer: `noise.load_rel_var` over the window."""
@@ -191,3 +196,49 @@ class LoadStatistics:
             below_XE = (self.mean_LE[rows] < line_L[rows[-1], None]) & self._mask_LE[rows[-1]]
             found_L[rows] = below_XE.sum(axis=-1)
         return found_L
+
+
+def _weight(alpha_TL: np.ndarray, fresh_TL: np.ndarray, seen_TL: np.ndarray) -> np.ndarray:
+    """Weight of the newest of `seen_TL` values: a plain mean until the window is full, exponential from then on."""
+    return np.maximum(alpha_TL, 1 / np.maximum(seen_TL, 1)) * (fresh_TL & (seen_TL > 0))
+
+
+def _average(start: np.ndarray, values_T: np.ndarray, weights_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the average after each value, the distance of each value from the average before it)."""
+    averages_T, gaps_T = np.empty(values_T.shape), np.empty(values_T.shape)
+    average = start
+    for value, weight, gap, after in zip(values_T, weights_T, gaps_T, averages_T, strict=True):
+        np.subtract(value, average, out=gap)
+        average = np.add(average, weight * gap, out=after)
+    return averages_T, gaps_T
+
+
+def _hold(values_T: np.ndarray, fresh_T: np.ndarray, before: np.ndarray) -> None:
+    """Give every value that is not fresh the one before it, in place."""
+    for value, fresh in zip(values_T, fresh_T, strict=True):
+        np.copyto(value, before, where=~fresh)
+        before = value
+
+
+def _behind(before: np.ndarray, values_T: np.ndarray) -> np.ndarray:
+    """The values one record earlier."""
+    return before[None] if len(values_T) == 1 else np.concatenate([before[None], values_T[:-1]])
+
+
+def _running_sum(start: np.ndarray, values_T: np.ndarray) -> np.ndarray:
+    return np.cumsum(np.concatenate([start[None], values_T]), axis=0)[1:]
+
+
+def _square(values_TLE: np.ndarray) -> np.ndarray:
+    return np.einsum("tle,tle->tl", values_TLE, values_TLE)
+
+
+def _ratio(
+    rel_TLE: np.ndarray, last_TLE: np.ndarray, room_TLE: np.ndarray, even_TL: np.ndarray
+) -> np.ndarray:
+    """Squared differences from the record before over twice the variance of a load, room / even."""
+    ratio_TLE = rel_TLE - last_TLE
+    ratio_TLE *= ratio_TLE
+    ratio_TLE /= room_TLE
+    ratio_TLE *= even_TL[..., None] / 2
+    return ratio_TLE
