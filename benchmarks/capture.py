@@ -250,10 +250,10 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator
                 lane.flush()
 
         step_seconds = 0.0
-        cycle(2, keep=False)
+        cycle(4, keep=False)
         began = time.perf_counter()
-        cycle(2, keep=False)
-        step_seconds = (time.perf_counter() - began) / ((2 + _BESIDE) * len(lanes))
+        cycle(6, keep=False)
+        step_seconds = (time.perf_counter() - began) / ((6 + _BESIDE) * len(lanes))
         steps = max(1, round(options.flush_seconds / step_seconds))
         for number in itertools.count(1):
             cycle(steps, keep=True)
@@ -275,6 +275,7 @@ def _row(case: Case, lane: Lane, none: Lane, steps: int) -> dict[str, Any]:
         "step ms": 1e3 * float(np.median(lane.seconds)),
         "x none": step,
         "95 %": step_interval,
+        "beside x": float(np.exp(np.log(np.divide(lane.beside_seconds, none.beside_seconds)).mean())),
         "cpu ms": 1e3 * float(np.median(lane.cpu_seconds)),
         "cpu x": cpu,
         "cpu 95 %": cpu_interval,

@@ -27,10 +27,10 @@ from moeviz.records import ScoreFunction
 TOKEN_SUMS = ("entropy_nats", "lse_squared", "confidence", "logit_squared", "margin")
 """Names of the rows of `RoutingSums.token_sums_NL`. `logit_squared`: z^2, mean over experts."""
 
-_BLOCK_CPU = 2**17
+_BLOCK_CPU = 2**18
 _BLOCK_DEVICE = 2**24
-"""Scores (L x T x E) worked on at a time: two tables of the first size stay in a core's cache (1 MB), 16
-million keep an accelerator busy."""
+"""Scores (L x T x E) worked on at a time: two tables of the first size stay in a processor's cache (2 MB; half
+of that takes as long, for twice the calls), 16 million keep an accelerator busy."""
 _NARROW = 32
 """Experts below which a CPU reduces over them faster when tokens are what lies side by side: a row of 16 numbers is too
 short to fill its registers (measured with AVX-512: 1.7 ns a number against 0.1)."""
