@@ -11,9 +11,9 @@ wide, of 624 rounds of one 0.015.
 
 The writer's thread works on all steps between two flushes of a run that nobody reads (of one that is read:
 --flush-seconds 0.75) beside two further steps of the same mode, from a random moment of the first one on, as it does in
-a run. These two against the same two without recording tell what the flush costs training, which is less than the time
-it takes: another core does it. Its share is added to the ratio of the other steps. Nothing that a mode causes happens
-in the turn of another one.
+a run. These two against the same two without recording tell what the flush costs training: more than the processor time
+it takes where training uses every core, for a step waits for its slowest thread. Their ratio counts by its share.
+Nothing that a mode causes happens in the turn of another one.
 
 glibc is told to keep what a step frees, as `moeviz train` tells it. Left alone, a step of the demo takes 100 page
 faults for some seconds and 4,000 for others, recorded or not: 8 ms of processor time, which no ratio survives.
