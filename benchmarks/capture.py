@@ -368,6 +368,7 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     options = _options()
     background.UNREAD_FLUSH_SECONDS = math.inf  # `Lane.flush` alone
+    background._GATHER_BYTES = math.inf  # else a wide model's writer would begin in the turn of another mode
     logging.basicConfig(level=logging.WARNING)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not options.stock_memory and not keep_freed_memory():

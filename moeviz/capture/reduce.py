@@ -338,7 +338,7 @@ class _Assignments:
         if of.unused_LTK is not None:
             one_LTK *= ~of.unused_LTK[layers, tokens]
         self.weight_sum_LE[layers].view(-1).scatter_add_(0, bins, weights_LTK.reshape(-1))
-        if self._kept_LE is not None or not self._counted:
+        if not self._counted:
             self._found_LE[layers].view(-1).scatter_add_(0, bins, one_LTK.view(-1))
         if self._kept_LE is not None and of.dropped_LTK is not None:
             one_LTK *= ~of.dropped_LTK[layers, tokens]
