@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from functools import cache, partial
+
 import numpy as np
 import pytest
 import torch
 
+from moeviz.capture import host_kernel, host_sums, reduce
 from moeviz.capture.reading import Reading
 from moeviz.capture.reduce import TOKEN_SUMS, RoutingSums, scores_of, stack, sum_decisions
 from moeviz.capture.workspace import Workspace
@@ -16,10 +21,31 @@ L, T, E, K = 3, 11, 5, 2
 SCORES: list[ScoreFunction] = ["softmax", "sigmoid", "softmax_topk", "unknown"]
 
 
-@pytest.fixture(params=[0, E + 1], ids=["experts side by side", "tokens side by side"], autouse=True)
-def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables lie in memory in two ways; nobody may see which."""
-    monkeypatch.setattr("moeviz.capture.reduce._NARROW", request.param)
+@pytest.fixture(params=["experts side by side", "tokens side by side", "compiled"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tables lie in memory in two ways, and compiled code needs none; nobody may see which."""
+    if request.param == "compiled":
+        assert host_sums.compile_now()
+        monkeypatch.setattr(sys.modules[__name__], "sum_decisions", compiled)
+        monkeypatch.setattr(sys.modules[__name__], "stack", lambda readings, workspace=None: readings)
+    else:
+        narrow = E + 1 if request.param == "tokens side by side" else 0
+        monkeypatch.setattr("moeviz.capture.reduce._NARROW", narrow)
+    return str(request.param)
+
+
+def compiled(
+    readings: list[Reading],
+    score: ScoreFunction,
+    bias_LE: torch.Tensor | None = None,
+    valid_T: torch.Tensor | None = None,
+    ranked: bool = True,
+    logit_squared: bool = False,
+    workspace: Workspace | None = None,
+) -> RoutingSums:
+    sums = host_sums.sum_on_host(readings, score, bias_LE, valid_T, ranked, logit_squared)
+    assert sums is not None
+    return sums
 
 
 def readings(score: ScoreFunction, bias_LE: torch.Tensor | None, seed: int = 0) -> list[Reading]:
@@ -155,7 +181,7 @@ def test_logits_beyond_the_range_of_exp_stay_finite() -> None:
     logits_TE = torch.tensor([[300.0, -300.0, 0.0]])
     reading = Reading(logits_TE, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long))
     for score in SCORES:
-        scores = scores_of(stack([reading]).logits_LTE, score)
+        scores = scores_of(reading.logits_TE[None], score)
         assert all(torch.isfinite(part).all() for part in scores)
         assert float(scores.lse_LT) == pytest.approx(300)
 
@@ -188,3 +214,108 @@ def test_dropped_slots_are_counted_where_they_were_wanted() -> None:
     assert sums.counts_LE.tolist() == [[3, 2, 1]]
     assert sums.dropped_LE.tolist() == [[2, 1, 0]]
     assert sums.weight_sum_LE.tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 64 * 64 + 70])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("span", [1.0, 30.0, 300.0])
+def test_compiled_sums_of_any_number_of_tokens_and_range_of_logits_equal_those_of_tables(
+    tokens: int, score: ScoreFunction, span: float
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    found = []
+    for _ in range(2):
+        logits_TE = span * torch.randn(tokens, 13, generator=generator)
+        ids_TK = logits_TE.topk(4).indices
+        found.append(Reading(logits_TE, logits_TE.softmax(-1).gather(-1, ids_TK), ids_TK))
+    mine = compiled(found, score, logit_squared=True)
+    tables = reduce.sum_decisions(reduce.stack(found), score, logit_squared=True)
+    for name, one, other in zip(RoutingSums._fields, mine, tables, strict=True):
+        size = tokens * max(1, span / 30)
+        torch.testing.assert_close(
+            one, other, rtol=2e-5, atol=3e-6 * size, msg=partial("{}: {}".format, name)
+        )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_logit_that_is_no_number_is_not_summed_away(bad: float, score: ScoreFunction) -> None:
+    found = readings(score, None)
+    found[1].logits_TE[3, 2] = bad
+    sums = sum_decisions(stack(found), score)
+    assert torch.isfinite(sums.token_sums_NL[1]).tolist() == [True, False, True]
+    if score == "softmax" or bad != bad:  # the sigmoid of infinity is 1
+        assert torch.isfinite(sums.token_sums_NL[0]).tolist() == [True, False, True]
+        assert torch.isfinite(sums.prob_sum_LE).all(-1).tolist() == [True, False, True]
+
+
+def test_slots_that_are_no_assignment_are_not_counted() -> None:
+    ids_TK, unused_TK = torch.tensor([[0, 1], [2, 2]]), torch.tensor([[False, True], [False, False]])
+    reading = Reading(torch.zeros(2, 3), torch.tensor([[0.5, 0.0], [1.0, 2.0]]), ids_TK, None, unused_TK)
+    sums = sum_decisions(stack([reading]), "softmax", ranked=False)
+    assert sums.counts_LE.tolist() == [[1, 0, 2]]
+    assert sums.weight_sum_LE.tolist() == [[0.5, 0, 3]]
+
+
+def test_counts_of_the_router_are_taken_as_they_are_but_not_where_tokens_are_left_out() -> None:
+    known_E = torch.tensor([2, 1, 0])
+    reading = Reading(torch.zeros(2, 3), torch.ones(2, 1), torch.tensor([[0], [0]]), counts_E=known_E)
+    assert sum_decisions(stack([reading]), "softmax").counts_LE.tolist() == [[2, 1, 0]]
+    valid_T = torch.tensor([True, False])
+    assert sum_decisions(stack([reading]), "softmax", valid_T=valid_T).counts_LE.tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["negative id", "too large id", "tokens", "bias", "mask", "one without drops", "nothing"]
+)
+def test_what_compiled_code_must_not_read_is_left_to_tables(wrong: str) -> None:
+    found, bias_LE, valid_T = readings("sigmoid", None), None, None
+    if wrong == "negative id":
+        found[2].expert_ids_TK[1, 1] = -1
+    elif wrong == "too large id":
+        found[2].expert_ids_TK[1, 1] = E
+    elif wrong == "tokens":
+        found[1] = found[1]._replace(weights_TK=found[1].weights_TK[:-1])
+    elif wrong == "bias":
+        bias_LE = torch.zeros(L - 1, E)
+    elif wrong == "mask":
+        valid_T = torch.ones(T + 1, dtype=torch.bool)
+    elif wrong == "one without drops":
+        found[0] = found[0]._replace(dropped_TK=torch.zeros(T, K, dtype=torch.bool))
+    else:
+        found = [Reading(*(part[:0] for part in reading[:3])) for reading in found]
+    assert host_sums.sum_on_host(found, "sigmoid", bias_LE, valid_T) is None
+
+
+def test_without_numba_sums_are_made_by_tables(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba.core", None)
+    monkeypatch.setattr(host_sums, "_kernel", cache(host_sums._Kernel))
+    with caplog.at_level("INFO"):
+        assert host_sums.sum_on_host(readings("softmax", None), "softmax") is None
+        assert host_sums.sum_on_host(readings("softmax", None), "softmax") is None
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_where_it_was_never_compiled_a_thread_does_so_and_tables_serve_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_kernel, "is_kept", lambda: False)
+    monkeypatch.setattr(host_sums, "_kernel", cache(host_sums._Kernel))
+    started, go = threading.Event(), threading.Event()
+    compile_it = host_sums._Kernel.compile
+
+    def slowly(self: host_sums._Kernel) -> None:
+        started.set()
+        assert go.wait(60)
+        compile_it(self)
+
+    monkeypatch.setattr(host_sums._Kernel, "compile", slowly)
+    assert host_sums.sum_on_host(readings("softmax", None), "softmax") is None
+    assert started.wait(60)
+    go.set()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "moeviz-compile"]
+    assert not thread.daemon
+    thread.join(60)
+    assert host_sums.sum_on_host(readings("softmax", None), "softmax") is not None

@@ -1,0 +1,382 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,call-overload,assignment"
+"""The sums of one layer's decisions on a CPU, in one compiled pass: half the time of whole tables, or less.
+
+Compiling takes some seconds once per machine (numba keeps the result); `host_sums` says when. A tile of tokens at a
+time lies in the first cache, experts as rows and tokens as columns, so that each sum over experts is one over columns
+side by side and a register holds 4 to 16 tokens.
+
+Shapes: T tokens, E experts, K of a token, C columns of a tile. All numbers are float32 but for the sums returned.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numba import njit, types
+from numpy.polynomial import Chebyshev, Polynomial
+
+COLUMNS = 64
+"""Tokens of a tile: with 64 experts it takes 16 KB."""
+_TILES = 64
+"""Tiles whose probabilities are added up in float32, before they go to a sum in float64."""
+_ONE, _HALF, _ZERO = np.float32(1), np.float32(0.5), np.float32(0)
+_LN2, _LOG2_E = np.float32(math.log(2)), np.float32(1 / math.log(2))
+_LIMIT = np.float32(126)
+"""2 to the power of it and of its negative are normal numbers, and so is the sum of a few such small ones."""
+_LARGE = np.float32(2.0**100)
+"""Sums of exponentials beyond it, or below its inverse, are made once more around the largest logit."""
+_EXP2 = tuple(
+    np.float32(c)
+    for c in Chebyshev.interpolate(lambda x: 2.0**x, 6, domain=[-0.5, 0.5]).convert(kind=Polynomial).coef
+)
+"""Coefficients of 2^f for |f| <= 1/2, to 1e-8 of it."""
+_LOG2 = tuple(np.float32(2 / math.log(2) / (2 * i + 1)) for i in range(5))
+"""log2((1 + t) / (1 - t)) = 2 / ln 2 * (t + t^3 / 3 + ...), |t| <= 0.172: to 1e-9."""
+_SQRT_HALF_BITS, _MANTISSA_BITS, _EXPONENT_BIAS = np.int32(0x3F3504F3), np.int32(23), np.int32(127)
+_OPTIONS = {
+    "nogil": True,
+    "error_model": "numpy",
+    # Order and fusing of operations are free; not-a-number and infinity are not assumed away.
+    "fastmath": {"contract", "reassoc", "nsz", "arcp"},
+}
+
+
+@njit(**_OPTIONS)
+def _exp2(x):
+    x = -_LIMIT if x < -_LIMIT else x
+    x = _LIMIT if x > _LIMIT else x
+    whole = np.floor(x + _HALF)
+    f = x - whole
+    power = _EXP2[5] + f * _EXP2[6]
+    power = _EXP2[0] + f * (_EXP2[1] + f * (_EXP2[2] + f * (_EXP2[3] + f * (_EXP2[4] + f * power))))
+    return power * np.int32(np.int32(np.int32(whole) + _EXPONENT_BIAS) << _MANTISSA_BITS).view(np.float32)
+
+
+@njit(**_OPTIONS)
+def _log2(x):
+    bits = np.float32(x).view(np.int32)
+    exponent = np.int32(np.int32(bits - _SQRT_HALF_BITS) >> _MANTISSA_BITS)
+    mantissa = np.int32(bits - np.int32(exponent << _MANTISSA_BITS)).view(np.float32)
+    t = (mantissa - _ONE) / (mantissa + _ONE)
+    q = t * t
+    series = _LOG2[0] + q * (_LOG2[1] + q * (_LOG2[2] + q * (_LOG2[3] + q * _LOG2[4])))
+    return np.float32(exponent) + t * series + x * _ZERO  # what is no finite number has no logarithm
+
+
+@njit(**_OPTIONS)
+def _fill(values_C, value):
+    for c in range(values_C.size):
+        values_C[c] = value
+
+
+@njit(**_OPTIONS)
+def _fill_table(table_EC, value):
+    for e in range(table_EC.shape[0]):
+        for c in range(table_EC.shape[1]):
+            table_EC[e, c] = value
+
+
+@njit(**_OPTIONS)
+def _largest(table_EC, top_C):
+    """Four rows at a time: the largest so far goes through memory once for each four."""
+    num_experts, columns = table_EC.shape
+    for c in range(columns):
+        top_C[c] = table_EC[0, c]
+    e = 1
+    while e + 3 < num_experts:
+        for c in range(columns):
+            a = table_EC[e, c] if table_EC[e, c] > table_EC[e + 1, c] else table_EC[e + 1, c]
+            b = table_EC[e + 2, c] if table_EC[e + 2, c] > table_EC[e + 3, c] else table_EC[e + 3, c]
+            a = a if a > b else b
+            top_C[c] = a if a > top_C[c] else top_C[c]
+        e += 4
+    while e < num_experts:
+        for c in range(columns):
+            top_C[c] = table_EC[e, c] if table_EC[e, c] > top_C[c] else top_C[c]
+        e += 1
+
+
+@njit(**_OPTIONS)
+def _squares(logits_EC, live_C):
+    total = 0.0
+    for e in range(logits_EC.shape[0]):
+        row = _ZERO
+        for c in range(logits_EC.shape[1]):
+            row += logits_EC[e, c] * logits_EC[e, c] * live_C[c]
+        total += row
+    return total / logits_EC.shape[0]
+
+
+@njit(**_OPTIONS)
+def _softmax(table_EC, shift_C, total_C, log_C):
+    """e^(z - shift) in place of z; its sum, and that of it times its logarithm."""
+    for c in range(table_EC.shape[1]):
+        total_C[c] = _ZERO
+        log_C[c] = _ZERO
+    for e in range(table_EC.shape[0]):
+        for c in range(table_EC.shape[1]):
+            z = table_EC[e, c] - shift_C[c]
+            score = _exp2(z * _LOG2_E)
+            table_EC[e, c] = score
+            total_C[c] += score
+            log_C[c] += score * z
+
+
+@njit(**_OPTIONS)
+def _sigmoid(table_EC, total_exp_C, total_C, log_C, top_C):
+    """s = e^z / (1 + e^z) in place of z; the sums of e^z, s and s ln s, and the largest s."""
+    for c in range(table_EC.shape[1]):
+        total_exp_C[c] = _ZERO
+        total_C[c] = _ZERO
+        log_C[c] = _ZERO
+        top_C[c] = _ZERO
+    for e in range(table_EC.shape[0]):
+        for c in range(table_EC.shape[1]):
+            z = table_EC[e, c]
+            exponential = _exp2(z * _LOG2_E)
+            one_more = _ONE + exponential
+            score = exponential / one_more
+            part = _LN2 * _log2(one_more if z < _ZERO else score)
+            log = z - part if z < _ZERO else part
+            table_EC[e, c] = score
+            total_exp_C[c] += exponential
+            total_C[c] += score
+            log_C[c] += score * log
+            top_C[c] = score if score > top_C[c] else top_C[c]
+
+
+@njit(**_OPTIONS)
+def _far_from_zero(logits_TE, start, live_C, shift_C, total_exp_C):
+    """Exponentials of a tile around its largest logits, where those around 0 may have left the range of numbers."""
+    far = False
+    for c in range(total_exp_C.size):
+        far = far or not (total_exp_C[c] < _LARGE and total_exp_C[c] > _ONE / _LARGE)
+    if not far:
+        return
+    for c in range(min(total_exp_C.size, logits_TE.shape[0] - start)):
+        if live_C[c] > _ZERO:
+            shift_C[c] = logits_TE[start + c, 0]
+            for e in range(logits_TE.shape[1]):
+                if logits_TE[start + c, e] > shift_C[c]:
+                    shift_C[c] = logits_TE[start + c, e]
+            total_exp_C[c] = _ZERO
+            for e in range(logits_TE.shape[1]):
+                total_exp_C[c] += math.exp(logits_TE[start + c, e] - shift_C[c])
+
+
+@njit(**_OPTIONS)
+def _scale(table_EC, factor_C):
+    for e in range(table_EC.shape[0]):
+        for c in range(table_EC.shape[1]):
+            table_EC[e, c] *= factor_C[c]
+
+
+@njit(**_OPTIONS)
+def _add_scaled(table_EC, factor_C, sum_EC):
+    for e in range(table_EC.shape[0]):
+        for c in range(table_EC.shape[1]):
+            sum_EC[e, c] += table_EC[e, c] * factor_C[c]
+
+
+@njit(**_OPTIONS)
+def _add_bias(table_EC, bias_E):
+    for e in range(table_EC.shape[0]):
+        for c in range(table_EC.shape[1]):
+            table_EC[e, c] += bias_E[e]
+
+
+@njit(**_OPTIONS)
+def _take_chosen(table_EC, ids_TK, start, lowest_C):
+    """The lowest chosen score of each token; chosen ones become minus infinity."""
+    for c in range(min(table_EC.shape[1], ids_TK.shape[0] - start)):
+        lowest = np.float32(np.inf)
+        for k in range(ids_TK.shape[1]):
+            expert = ids_TK[start + c, k]
+            score = table_EC[expert, c]
+            lowest = lowest if score > lowest else score
+            table_EC[expert, c] = -np.inf
+        lowest_C[c] = lowest
+
+
+@njit(**_OPTIONS)
+def _add_tokens(live_C, top_C, total_C, log_C, shift_C, total_exp_C, margin_C, sums_N):
+    """Rows as in `reduce.TOKEN_SUMS`."""
+    entropy = lse_squared = confidence = margin = _ZERO
+    for c in range(live_C.size):
+        each = _ONE / total_C[c]
+        lse = shift_C[c] + _LN2 * _log2(total_exp_C[c])
+        entropy += live_C[c] * (_LN2 * _log2(total_C[c]) - log_C[c] * each)
+        lse_squared += live_C[c] * (lse * lse)
+        confidence += live_C[c] * (top_C[c] * each)
+    for c in range(live_C.size):
+        margin += live_C[c] * margin_C[c]
+    sums_N[0] += entropy
+    sums_N[1] += lse_squared
+    sums_N[2] += confidence
+    sums_N[4] += margin
+
+
+@njit(**_OPTIONS)
+def _empty(sum_EC, into_E):
+    for e in range(sum_EC.shape[0]):
+        total = _ZERO
+        for c in range(sum_EC.shape[1]):
+            total += sum_EC[e, c]
+        for c in range(sum_EC.shape[1]):
+            sum_EC[e, c] = _ZERO
+        into_E[e] += total
+
+
+@njit(**_OPTIONS)
+def _add_slots(ids_TK, weights_TK, valid_T, dropped_TK, unused_TK, counted, counts_XE, weight_sum_E):
+    """False, and nothing added, when an id is no expert."""
+    num_experts = counts_XE.shape[1]
+    for t in range(ids_TK.shape[0]):
+        for k in range(ids_TK.shape[1]):
+            if ids_TK[t, k] < 0 or ids_TK[t, k] >= num_experts:
+                return False
+    if not (counted or valid_T.size or dropped_TK.size or unused_TK.size):
+        for t in range(ids_TK.shape[0]):
+            for k in range(ids_TK.shape[1]):
+                weight_sum_E[ids_TK[t, k]] += weights_TK[t, k]
+    else:
+        for t in range(ids_TK.shape[0]):
+            if valid_T.size and not valid_T[t]:
+                continue
+            for k in range(ids_TK.shape[1]):
+                expert = ids_TK[t, k]
+                weight_sum_E[expert] += weights_TK[t, k]
+                if unused_TK.size and unused_TK[t, k]:
+                    continue
+                counts_XE[0, expert] += 1
+                counts_XE[1, expert] += not (dropped_TK.size and dropped_TK[t, k])
+    return True
+
+
+def _array(dtype: types.Type, ndim: int) -> types.Array:
+    return types.Array(dtype, ndim, "C")
+
+
+SIGNATURE = types.boolean(
+    _array(types.float32, 2),
+    _array(types.int64, 2),
+    _array(types.float32, 2),
+    _array(types.boolean, 1),
+    _array(types.boolean, 2),
+    _array(types.boolean, 2),
+    _array(types.float32, 1),
+    *[types.boolean] * 5,
+    _array(types.int64, 3),
+    _array(types.float64, 3),
+    _array(types.float64, 2),
+    types.intp,
+)
+
+
+@njit(cache=True, **_OPTIONS)
+def sum_layer(
+    logits_TE,
+    ids_TK,
+    weights_TK,
+    valid_T,
+    dropped_TK,
+    unused_TK,
+    bias_E,
+    sigmoid,
+    biased,
+    ranked,
+    squares,
+    counted,
+    counts_NXE,
+    sums_NXE,
+    tokens_NR,
+    n,
+):
+    """Add a layer's decisions to row `n` of the sums.
+
+    Args:
+        logits_TE: router logits.
+        ids_TK: chosen experts.
+        weights_TK: their gate weights.
+        valid_T, dropped_TK, unused_TK: as in `Reading`, or without elements.
+        bias_E: selection bias, read if `biased`.
+        sigmoid: scores by sigmoid; else softmax.
+        biased: whether there is a bias.
+        ranked: sum the margin of the selection.
+        squares: sum the squared logits.
+        counted: count slots.
+        counts_NXE: before any drop, and kept.
+        sums_NXE: probabilities, and gate weights.
+        tokens_NR: rows as in `reduce.TOKEN_SUMS`.
+        n: the row.
+
+    Returns:
+        False, and nothing is added, if an id is no expert.
+    """
+    num_tokens, num_experts = logits_TE.shape
+    if not _add_slots(
+        ids_TK, weights_TK, valid_T, dropped_TK, unused_TK, counted, counts_NXE[n], sums_NXE[n, 1]
+    ):
+        return False
+    table_EC = np.empty((num_experts, COLUMNS), np.float32)
+    prob_sum_EC = np.empty((num_experts, COLUMNS), np.float32)
+    # Rows of one table would do, but are taken for memory that may overlap, and worked on number by number.
+    top_C, total_C, log_C = (
+        np.empty(COLUMNS, np.float32),
+        np.empty(COLUMNS, np.float32),
+        np.empty(COLUMNS, np.float32),
+    )
+    shift_C, total_exp_C = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
+    margin_C, lowest_C = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
+    factor_C, live_C = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
+    _fill_table(prob_sum_EC, _ZERO)
+    _fill(margin_C, _ZERO)
+    _fill(lowest_C, _ZERO)
+    for tile in range((num_tokens + COLUMNS - 1) // COLUMNS):
+        start = tile * COLUMNS
+        rows = min(COLUMNS, num_tokens - start)
+        if rows < COLUMNS or valid_T.size:
+            _fill_table(table_EC, _ZERO)  # what a padded token holds may be no number
+            _fill(live_C, _ZERO)
+        for c in range(rows):
+            if not valid_T.size or valid_T[start + c]:
+                live_C[c] = _ONE
+                for e in range(num_experts):
+                    table_EC[e, c] = logits_TE[start + c, e]
+        if squares:
+            tokens_NR[n, 3] += _squares(table_EC, live_C)
+        if sigmoid:
+            _fill(shift_C, _ZERO)
+            _sigmoid(table_EC, total_exp_C, total_C, log_C, top_C)
+            _far_from_zero(logits_TE, start, live_C, shift_C, total_exp_C)
+            for c in range(COLUMNS):
+                factor_C[c] = live_C[c] / total_C[c]
+            _add_scaled(table_EC, factor_C, prob_sum_EC)
+        else:
+            _largest(table_EC, shift_C)
+            _softmax(table_EC, shift_C, total_C, log_C)
+            _fill(top_C, _ONE)
+            for c in range(COLUMNS):
+                total_exp_C[c] = total_C[c]
+                factor_C[c] = _ONE / total_C[c]
+            _scale(table_EC, factor_C)
+            _add_scaled(table_EC, live_C, prob_sum_EC)
+        if ranked:
+            if biased:
+                _add_bias(table_EC, bias_E)
+            _take_chosen(table_EC, ids_TK, start, lowest_C)
+            _largest(table_EC, margin_C)
+            for c in range(COLUMNS):
+                margin_C[c] = lowest_C[c] - margin_C[c]
+        _add_tokens(live_C, top_C, total_C, log_C, shift_C, total_exp_C, margin_C, tokens_NR[n])
+        if (tile + 1) % _TILES == 0:
+            _empty(prob_sum_EC, sums_NXE[n, 0])
+    _empty(prob_sum_EC, sums_NXE[n, 0])
+    return True
+
+
+def is_kept() -> bool:
+    """Whether an earlier process has compiled it, so that having it takes a fraction of a second."""
+    return any(Path(sum_layer.stats.cache_path).glob("host_kernel.sum_layer-*.nbi"))
