@@ -19,7 +19,7 @@ STEPS = PATIENCE + 4
 STAGES = {
     "opening a micro-batch": "moeviz.capture.tap.read_call",
     "choosing rows": "moeviz.capture.samples.choose_rows",
-    "reducing": "moeviz.capture.collect.sum_decisions",
+    "reducing": "moeviz.capture.collect.sum_on_host",
     "stacking": "moeviz.capture.collect.stack",
     "cutting rows": "moeviz.capture.collect.cut_rows",
     "selecting attention": "moeviz.capture.tap.select",
@@ -190,7 +190,7 @@ def test_sums_that_fail_while_they_wait_cost_one_step_and_nothing_waits_from_the
     cause: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("moeviz.capture.backlog.ROOM_BYTES", 1e6)
-    fuse, model, sink = Fuse(monkeypatch, "moeviz.capture.backlog.sum_decisions"), small_model(), Kept()
+    fuse, model, sink = Fuse(monkeypatch, "moeviz.capture.backlog.sum_on_host"), small_model(), Kept()
     probe = attach(model, sink)
 
     def after(loss: float) -> None:

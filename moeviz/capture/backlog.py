@@ -113,9 +113,9 @@ class Backlog:
         readings = [reading for _, pile in part for reading in pile.readings]
         bias_LE = torch.cat(biases) if biases else None
         rest = group.score, bias_LE, first.valid_T, group.ranked, group.sums_squares
-        sums = None if self._is_training() else sum_on_host(readings, *rest)
-        if sums is None:
-            sums = sum_decisions(stack(readings, self._workspace), *rest, self._workspace)
+        sums = sum_on_host(readings, *rest) or sum_decisions(
+            stack(readings, self._workspace), *rest, self._workspace
+        )
         for place, (step, pile) in enumerate(part):
             own = slice(place * num_layers, (place + 1) * num_layers)
             mine = RoutingSums._make([*(values[own] for values in sums[:-1]), sums.token_sums_NL[:, own]])
@@ -124,7 +124,7 @@ class Backlog:
     def _spare_the_cores(self) -> None:
         """A thread beside the training's works on one core: its helpers would take the other ones from training."""
         me = threading.get_ident()
-        if not self._is_training() and me != self._one_core:
+        if me not in (self._training_thread, self._one_core):
             self._one_core = me
             with suppress(
                 Exception
@@ -133,9 +133,6 @@ class Backlog:
 
                 torch.get_num_threads()  # torch sets the number of a thread when first asked; from here on it is ours
                 threadpool_limits(limits=1, user_api="openmp")
-
-    def _is_training(self) -> bool:
-        return threading.get_ident() == self._training_thread
 
 
 class _Room:

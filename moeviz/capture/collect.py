@@ -12,7 +12,9 @@ from itertools import groupby
 
 from torch import Tensor
 
+from moeviz.capture import host_sums
 from moeviz.capture.backlog import Backlog
+from moeviz.capture.host_sums import sum_on_host
 from moeviz.capture.layer_groups import LayerGroup
 from moeviz.capture.micro_batch import MicroBatch
 from moeviz.capture.reading import Reading
@@ -36,6 +38,8 @@ class Collector:
         self._next: StepSums | None = None
         """Made in a forward, so that the end of the step finds it."""
         self._workspace = Workspace()
+        if any(group.device == "cpu" for group in groups):
+            host_sums.load()  # now, for no step should wait
 
     def take(self) -> StepSums:
         """The sums of the step, and a fresh start."""
@@ -102,7 +106,8 @@ class Collector:
         elif decisions is not None:
             group.check(decisions, bias_LE)
             scored = group.score, bias_LE, valid_T, group.ranked, group.sums_squares
-            self.step.add(index, len(group.layers), first, sum_decisions(decisions, *scored, self._workspace))
+            sums = sum_on_host(run, *scored) or sum_decisions(decisions, *scored, self._workspace)
+            self.step.add(index, len(group.layers), first, sums)
         self.step.layers_seen.update(group.layers[first:stop])
         self.step.dropless = self.step.dropless and any(reading.dropped_TK is None for reading in run)
         if decisions is not None and wanted is not None:

@@ -1,7 +1,7 @@
 """Sums of layers on a CPU by the compiled kernel, once there is one; `reduce` says what they mean.
 
-It belongs to the thread that writes: to load the kernel takes a fraction of a second, which no step should wait for.
-Where it was never compiled, a thread of its own does so first, and sums are made as on any device meanwhile.
+To load the kernel takes a fraction of a second. Where it was never compiled, a thread of its own does so first, and
+sums are made as on any device meanwhile.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class _Kernel:
 
 
 _kernel = cache(_Kernel)
+
+
+def load() -> None:
+    """Load the kernel, or begin to compile it."""
+    _kernel()
 
 
 def compile_now() -> bool:

@@ -37,6 +37,11 @@ class LayerGroup:
         return self.sites[0].top_k
 
     @property
+    def device(self) -> str:
+        """Where the parameters of its routers are, or "" where they have none."""
+        return device_of(self.sites[0])
+
+    @property
     def sums_squares(self) -> bool:
         """Whether the bias is added to logits: then their size says how much it weighs."""
         return self.has_bias and self.score == "softmax_topk"
@@ -57,12 +62,16 @@ class LayerGroup:
         return torch.stack(biases).float()
 
 
+def device_of(site: RouterSite) -> str:
+    """Where the parameters of a router are, or "" where it has none."""
+    return next((str(p.device) for p in site.module.parameters()), "")
+
+
 def group_layers(routers: Sequence[RouterSite]) -> list[LayerGroup]:
     """Layers with the same experts, top-k, scores, kind of bias, reader and device."""
 
     def key(layer: int) -> tuple[object, ...]:
         site = routers[layer]
-        device = next((str(p.device) for p in site.module.parameters()), "")
         drops = getattr(site.read, "func", site.read)
         return (
             site.num_experts,
@@ -71,7 +80,7 @@ def group_layers(routers: Sequence[RouterSite]) -> list[LayerGroup]:
             site.bias() is not None,
             site.grouped,
             str(drops),
-            device,
+            device_of(site),
         )
 
     groups = []
