@@ -150,10 +150,10 @@ def _sigmoid(table_EC, total_exp_C, total_C, log_C, top_C):
 @njit(**_OPTIONS)
 def _far_from_zero(logits_TE, start, live_C, shift_C, total_exp_C):
     """Exponentials of a tile around its largest logits, where those around 0 may have left the range of numbers."""
-    far = False
+    near = 0
     for c in range(total_exp_C.size):
-        far = far or not (total_exp_C[c] < _LARGE and total_exp_C[c] > _ONE / _LARGE)
-    if not far:
+        near += total_exp_C[c] < _LARGE and total_exp_C[c] > _ONE / _LARGE
+    if near == total_exp_C.size:
         return
     for c in range(min(total_exp_C.size, logits_TE.shape[0] - start)):
         if live_C[c] > _ZERO:

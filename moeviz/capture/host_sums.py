@@ -133,23 +133,25 @@ def sum_on_host(
 
 def _fit(readings: Sequence[Reading], bias_LE: Tensor | None, valid_T: Tensor | None) -> bool:
     """Whether everything lies in the host's memory and has its shape: compiled code does not look."""
-    (num_tokens, num_experts), slots = readings[0].logits_TE.shape, readings[0].expert_ids_TK.shape
-    shapes = ((num_tokens, num_experts), slots, slots, slots, slots, (num_experts,))
-    known = [part is None for part in readings[0]]
-    tensors = [part for each in readings for part in each]
-    return (
-        0 not in (num_tokens, num_experts, slots[1])
-        and slots[0] == num_tokens
-        and all([part is None for part in each] == known for each in readings)
-        and all(part is None or part.is_cpu for part in (*tensors, bias_LE, valid_T))
-        and all(
-            part is None or part.shape == shape
-            for each in readings
-            for part, shape in zip(each, shapes, strict=True)
-        )
-        and (bias_LE is None or bias_LE.shape == (len(readings), num_experts))
-        and (valid_T is None or valid_T.shape == (num_tokens,))
-    )
+    first = readings[0]
+    table, slots = first.logits_TE.shape, first.expert_ids_TK.shape
+    if 0 in table or 0 in slots or slots[0] != table[0]:
+        return False
+    optional = zip(*(reading[3:] for reading in readings), strict=True)
+    for shape, parts in zip((slots, slots, table[1:]), optional, strict=True):
+        if parts[0] is None:
+            if any(part is not None for part in parts):
+                return False
+        elif not all(part is not None and part.is_cpu and part.shape == shape for part in parts):
+            return False
+    for logits_TE, weights_TK, ids_TK, *_ in readings:
+        if not (logits_TE.is_cpu and weights_TK.is_cpu and ids_TK.is_cpu):
+            return False
+        if logits_TE.shape != table or weights_TK.shape != slots or ids_TK.shape != slots:
+            return False
+    if bias_LE is not None and not (bias_LE.is_cpu and bias_LE.shape == (len(readings), table[1])):
+        return False
+    return valid_T is None or (valid_T.is_cpu and valid_T.shape == table[:1])
 
 
 def _numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
