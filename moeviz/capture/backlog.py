@@ -17,6 +17,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from moeviz.capture.bias import CopiedBias
 from moeviz.capture.host_sums import sum_on_host
 from moeviz.capture.layer_groups import LayerGroup
 from moeviz.capture.reading import Reading
@@ -49,7 +50,7 @@ class Backlog:
         index: int,
         first: int,
         readings: Sequence[Reading],
-        bias_LE: Tensor | None,
+        bias: CopiedBias | None,
         valid_T: Tensor | None,
     ) -> Pile | None:
         """Take in readings of neighbouring layers of a group, or None: they must be summed at once."""
@@ -57,12 +58,12 @@ class Backlog:
             return None
         if any(reading.logits_TE.is_inference() for reading in readings):  # these count no versions
             return None
-        size = sum(tensor.nbytes for reading in readings for tensor in reading[:3])
+        size = len(readings) * sum(tensor.nbytes for tensor in readings[0][:3])  # of one shape
         held = self._room.take(size)
         if held is None:
             return None
         valid_T = None if valid_T is None else valid_T.clone()  # the mask may be a buffer that is filled anew
-        return Pile(index, first, readings, bias_LE, valid_T, _versions(readings), held)
+        return Pile(index, first, readings, bias, valid_T, _versions(readings), held)
 
     def settle(self, steps: Sequence[StepSums]) -> None:
         """Sum what waits of these steps, in any thread; what goes wrong is left as the `failure` of its step.
@@ -109,7 +110,7 @@ class Backlog:
                     "sums of this step are lost; those of later steps are taken at once, which costs more time"
                 )
         group, num_layers = self._groups[first.index], len(first.readings)
-        biases = [pile.bias_LE for _, pile in part if pile.bias_LE is not None]
+        biases = [pile.bias.tensor() for _, pile in part if pile.bias is not None]
         readings = [reading for _, pile in part for reading in pile.readings]
         bias_LE = torch.cat(biases) if biases else None
         rest = group.score, bias_LE, first.valid_T, group.ranked, group.sums_squares
@@ -171,6 +172,6 @@ def _kind(pile: Pile) -> tuple[object, ...]:
     """Equal for piles that can be stacked."""
     kinds = [
         None if tensor is None else (tensor.shape, tensor.dtype)
-        for tensor in (*pile.readings[0], pile.bias_LE, pile.valid_T)
+        for tensor in (*pile.readings[0], pile.valid_T)
     ]
-    return pile.index, pile.first, len(pile.readings), *kinds
+    return pile.index, pile.first, len(pile.readings), pile.bias is None, *kinds

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeviz.capture import host_sums
 from moeviz.capture.backlog import Backlog
+from moeviz.capture.bias import CopiedBias
 from moeviz.capture.host_sums import sum_on_host
 from moeviz.capture.layer_groups import LayerGroup
 from moeviz.capture.micro_batch import MicroBatch
@@ -46,9 +47,11 @@ class Collector:
         done, self.step, self._next = self.step, self._next or StepSums(), None
         return done
 
-    def biases(self) -> dict[int, Tensor]:
+    def biases(self) -> dict[int, CopiedBias]:
         """Selection biases of the groups that have one, as they are now."""
-        return {index: bias_LE for index in self.biased if (bias_LE := self.groups[index].bias()) is not None}
+        return {
+            index: copied for index in self.biased if (copied := self.groups[index].copy_bias()) is not None
+        }
 
     def count_tokens(self, micro_batch: MicroBatch) -> None:
         """Add the tokens of a micro-batch, without asking the device how many are padding."""
@@ -94,12 +97,13 @@ class Collector:
     ) -> None:
         group, stop = self.groups[index], first + len(run)
         whole = len(run[0].logits_TE) == micro_batch.num_tokens
-        valid_T, bias_LE = micro_batch.valid_T if whole else None, group.bias(first, stop)
+        valid_T, copied = micro_batch.valid_T if whole else None, group.copy_bias(first, stop)
         if valid_T is not None:
             valid_T = valid_T.to(run[0].weights_TK.device)
-        pile = self.backlog.pile(index, first, run, bias_LE, valid_T)
+        pile = self.backlog.pile(index, first, run, copied, valid_T)
         wanted = rows_N if whole else None
         decisions = stack(run, self._workspace) if pile is None or wanted is not None else None
+        bias_LE = None if decisions is None or copied is None else copied.tensor()
         if pile is not None:
             self.step.piles.append(pile)
             self.step.waiting_bytes += pile.held.size

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +21,14 @@ from moeviz.capture.reduce import TOKEN_SUMS, RoutingSums
 from moeviz.records import ScoreFunction
 
 _log = logging.getLogger("moeviz.capture")
-_NO_SLOTS, _NO_TOKENS, _NO_BIAS = np.zeros((0, 0), bool), np.zeros(0, bool), np.zeros(0, np.float32)
+_NO_TOKENS, _NO_BIAS = np.zeros(0, bool), np.zeros((1, 0), np.float32)
 
 
 class _Kernel:
-    """`host_kernel.sum_layer`, compiled; None until it is there, or for good."""
+    """`host_kernel.sum_layers`, compiled; None until it is there, or for good."""
 
     def __init__(self) -> None:
-        self.sum_layer: Callable[..., bool] | None = None
+        self.sum_layers: Callable[..., bool] | None = None
         try:
             from numba.core import config
 
@@ -47,8 +48,8 @@ class _Kernel:
         try:
             from moeviz.capture import host_kernel
 
-            host_kernel.sum_layer.compile(host_kernel.SIGNATURE)
-            self.sum_layer = host_kernel.sum_layer
+            host_kernel.sum_layers.compile(host_kernel.SIGNATURE)
+            self.sum_layers = host_kernel.sum_layers
         except Exception as error:
             self._give_up(error)
 
@@ -68,9 +69,9 @@ def load() -> None:
 def compile_now() -> bool:
     """Wait until the kernel is there. False where it cannot be had."""
     kernel = _kernel()
-    if kernel.sum_layer is None:
+    if kernel.sum_layers is None:
         kernel.compile()
-    return kernel.sum_layer is not None
+    return kernel.sum_layers is not None
 
 
 def sum_on_host(
@@ -86,39 +87,37 @@ def sum_on_host(
     None where the kernel is not there or not made for it: tensors of an accelerator, ids that are no expert, nothing
     to sum.
     """
-    kernel, first = _kernel().sum_layer, readings[0]
-    if kernel is None or not _fit(readings, bias_LE, valid_T):
+    sum_layers = _kernel().sum_layers
+    tables = None if sum_layers is None else _tables(readings, bias_LE, valid_T)
+    if sum_layers is None or tables is None:
         return None
-    num_experts, top_k = first.logits_TE.shape[1], first.expert_ids_TK.shape[1]
-    num_layers, margin = len(readings), ranked and top_k < num_experts
+    first = readings[0]
+    (num_tokens, num_experts), top_k = first.logits_TE.shape, first.expert_ids_TK.shape[1]
+    num_layers, ranked = len(readings), ranked and top_k < num_experts
     known = valid_T is None and first.counts_E is not None
-    counted = not known or first.dropped_TK is not None
     counts_LXE = np.zeros((num_layers, 2, num_experts), np.int64)
     sums_LXE = np.zeros((num_layers, 2, num_experts))
     tokens_LN = np.zeros((num_layers, len(TOKEN_SUMS)))
-    valid = _NO_TOKENS if valid_T is None else _numpy(valid_T, torch.bool)
-    biases_LE = None if bias_LE is None else _numpy(bias_LE, torch.float32)
-    for layer, each in enumerate(readings):
-        if not kernel(
-            _numpy(each.logits_TE, torch.float32),
-            _numpy(each.expert_ids_TK, torch.int64),
-            _numpy(each.weights_TK, torch.float32),
-            valid,
-            _NO_SLOTS if each.dropped_TK is None else _numpy(each.dropped_TK, torch.bool),
-            _NO_SLOTS if each.unused_TK is None else _numpy(each.unused_TK, torch.bool),
-            _NO_BIAS if biases_LE is None else biases_LE[layer],
-            score == "sigmoid",
-            biases_LE is not None,
-            margin,
-            logit_squared,
-            counted,
-            counts_LXE,
-            sums_LXE,
-            tokens_LN,
-            layer,
-        ):
-            return None
-    if not margin:
+    if not sum_layers(
+        np.array(tables.addresses_LA, np.int64),
+        num_tokens,
+        num_experts,
+        top_k,
+        _NO_TOKENS if valid_T is None else _numpy(valid_T, torch.bool),
+        first.dropped_TK is not None,
+        first.unused_TK is not None,
+        _NO_BIAS if bias_LE is None else _numpy(bias_LE, torch.float32),
+        score == "sigmoid",
+        bias_LE is not None,
+        ranked,
+        logit_squared,
+        not known or first.dropped_TK is not None,
+        counts_LXE,
+        sums_LXE,
+        tokens_LN,
+    ):
+        return None
+    if not ranked:
         tokens_LN[:, TOKEN_SUMS.index("margin")] = np.nan
     if not logit_squared:
         tokens_LN[:, TOKEN_SUMS.index("logit_squared")] = np.nan
@@ -131,27 +130,54 @@ def sum_on_host(
     return RoutingSums(counts_LE, counts_LE - kept_LE, sums_XLE[0], sums_XLE[1], token_sums_NL)
 
 
-def _fit(readings: Sequence[Reading], bias_LE: Tensor | None, valid_T: Tensor | None) -> bool:
-    """Whether everything lies in the host's memory and has its shape: compiled code does not look."""
+class _Tables(NamedTuple):
+    """What `sum_layers` reads."""
+
+    addresses_LA: list[list[int]]
+    alive: list[Tensor]
+    """Copies that were made because a table had another type, or gaps."""
+
+
+_DTYPES = torch.float32, torch.float32, torch.int64, torch.bool, torch.bool
+"""Of logits, weights, ids, dropped and unused slots."""
+
+
+def _tables(readings: Sequence[Reading], bias_LE: Tensor | None, valid_T: Tensor | None) -> _Tables | None:
+    """Where everything lies; None unless that is the host's memory, in its shape: compiled code does not look."""
     first = readings[0]
     table, slots = first.logits_TE.shape, first.expert_ids_TK.shape
     if 0 in table or 0 in slots or slots[0] != table[0]:
-        return False
-    optional = zip(*(reading[3:] for reading in readings), strict=True)
-    for shape, parts in zip((slots, slots, table[1:]), optional, strict=True):
-        if parts[0] is None:
-            if any(part is not None for part in parts):
-                return False
-        elif not all(part is not None and part.is_cpu and part.shape == shape for part in parts):
-            return False
-    for logits_TE, weights_TK, ids_TK, *_ in readings:
-        if not (logits_TE.is_cpu and weights_TK.is_cpu and ids_TK.is_cpu):
-            return False
-        if logits_TE.shape != table or weights_TK.shape != slots or ids_TK.shape != slots:
-            return False
-    if bias_LE is not None and not (bias_LE.is_cpu and bias_LE.shape == (len(readings), table[1])):
-        return False
-    return valid_T is None or (valid_T.is_cpu and valid_T.shape == table[:1])
+        return None
+    if bias_LE is not None and not _lies(bias_LE, torch.Size((len(readings), table[1]))):
+        return None
+    if valid_T is not None and not _lies(valid_T, table[:1]):
+        return None
+    present, found = [part is not None for part in first], _Tables([], [])
+    for reading in readings:
+        if [part is not None for part in reading] != present:
+            return None
+        if reading.counts_E is not None and not _lies(reading.counts_E, table[1:]):
+            return None
+        addresses = []
+        for tensor, shape, dtype in zip(reading, (table, slots, slots, slots, slots), _DTYPES, strict=False):
+            if tensor is None:
+                addresses.append(0)
+                continue
+            if not _lies(tensor, shape):
+                return None
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                tensor = tensor.to(dtype).contiguous()
+                found.alive.append(tensor)
+            address = tensor.data_ptr()
+            if address == 0:  # of a tensor that has no memory of its own
+                return None
+            addresses.append(address)
+        found.addresses_LA.append(addresses)
+    return found
+
+
+def _lies(tensor: Tensor, shape: torch.Size) -> bool:
+    return tensor.is_cpu and tensor.shape == shape
 
 
 def _numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:

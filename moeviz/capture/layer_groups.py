@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
+from moeviz.capture.bias import BiasCopier, CopiedBias
 from moeviz.capture.reading import RouterSite
 from moeviz.capture.reduce import Decisions
 from moeviz.capture.scoring import is_ordered, is_ranked, score_of
@@ -54,12 +55,22 @@ class LayerGroup:
             self.ordered = is_ordered(decisions, self.score, bias_LE)
             self.checked = True
 
-    def bias(self, first: int = 0, stop: int | None = None) -> Tensor | None:
+    def bias(self) -> Tensor | None:
         """Selection biases as they are now, float32 [L, E], or None where the routers have none."""
+        copied = self.copy_bias()
+        return None if copied is None else copied.tensor()
+
+    def copy_bias(self, first: int = 0, stop: int | None = None) -> CopiedBias | None:
+        """The same of some of the layers, for later."""
         if not self.has_bias:
             return None
-        biases = [bias.detach() for site in self.sites[first:stop] if (bias := site.bias()) is not None]
-        return torch.stack(biases).float()
+        return self._copier.copy(
+            [bias_E for site in self.sites[first:stop] if (bias_E := site.bias()) is not None]
+        )
+
+    @cached_property
+    def _copier(self) -> BiasCopier:
+        return BiasCopier(self.num_experts)
 
 
 def device_of(site: RouterSite) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moeviz.capture.backlog import Backlog
+from moeviz.capture.bias import CopiedBias
 from moeviz.capture.rank_sum import RankSum
 from moeviz.capture.reduce import TOKEN_SUMS, RoutingSums
 from moeviz.capture.stages import Share
@@ -52,8 +53,8 @@ class LoadBatch:
     ts: float
     sums: StepSums
     """Not to be added to any more, but for what waits in it."""
-    bias: Mapping[int, Tensor]
-    """Selection biases at the end of the step by layer group, copies."""
+    bias: Mapping[int, CopiedBias]
+    """Selection biases at the end of the step by layer group."""
     scalars: Mapping[str, float]
     device_scalars: Mapping[str, Tensor]
     whole: bool = True
@@ -86,8 +87,8 @@ class LoadBatch:
         for group, sums in self.sums.sums.items() if self.whole else ():
             for field, values in zip(RoutingSums._fields, sums, strict=True):
                 tensors[f"{field}/{group}"] = values
-        for group, bias_LE in self.bias.items() if self.whole else ():
-            tensors[f"bias_LE/{group}"] = bias_LE
+        for group, copied in self.bias.items() if self.whole else ():
+            tensors[f"bias_LE/{group}"] = copied.tensor()
         if self.sums.valid_tokens is not None:
             tensors["valid_tokens"] = self.sums.valid_tokens
         if self.device_scalars:

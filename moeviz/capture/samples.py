@@ -92,11 +92,17 @@ class Sampler:
         """Choose the rows of a micro-batch that is about to run."""
         self._rows, self.rows_N, self.attention_rows_N, self.latent_rows_N = [], None, None, None
         policy, first, size = self.policy, self._seen, micro_batch.batch_size
-        labels = [self._labels.popleft() if self._labels else self._label_of_all for _ in range(size)]
         self._seen += size
-        routes, attends = policy.routes_at(step), policy.attends_at(step)
+        routes, attends, shows = (
+            policy.routes_at(step),
+            policy.attends_at(step),
+            policy.shows_latents_at(step),
+        )
+        if not (routes or attends or shows or self._labels):
+            return
+        labels = [self._labels.popleft() if self._labels else self._label_of_all for _ in range(size)]
         taken = sum(len(piece.seqs) for piece in self.step.sequences)
-        latents = max(1, policy.latent_tokens // micro_batch.length) if policy.shows_latents_at(step) else 0
+        latents = max(1, policy.latent_tokens // micro_batch.length) if shows else 0
         wanted = (
             policy.route_sequences if routes else max(self.attention_sequences if attends else 0, latents)
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from moeviz.capture.bias import CopiedBias
 from moeviz.capture.reading import Reading
 from moeviz.capture.reduce import RoutingSums
 
@@ -38,7 +39,7 @@ class Pile:
     first: int
     """Place of the first layer in its group."""
     readings: Sequence[Reading]
-    bias_LE: Tensor | None
+    bias: CopiedBias | None
     valid_T: Tensor | None
     versions: tuple[int, ...]
     """Of their tensors, when they were read."""

@@ -26,7 +26,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moeviz.capture.reading import AttentionCall, CoreSite, Handle, Observe, Reading, RouterSite, always
 from moeviz.records import ScoreFunction
@@ -58,7 +58,7 @@ def find_router(name: str, module: nn.Module, parent: nn.Module | None) -> Route
         top_k=getattr(module, "num_chosen", top_k) if experts_choose else top_k,
         score=score if score in _SCORES else "unknown",
         read=functools.partial(_read, kept, experts_choose),
-        bias=functools.partial(getattr, module, "e_score_correction_bias", None),
+        bias=functools.partial(_buffer, module, "e_score_correction_bias"),
         experts_choose=experts_choose,
         grouped=getattr(config, "num_groups", 1) > 1,
     )
@@ -71,6 +71,12 @@ def _returned(module: nn.Module) -> Any:
     except Exception:  # annotations of a stranger's code may name what cannot be imported here
         return None
     return kind if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields") else None
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor | None:
+    """An attribute that is most likely a buffer; asked for twice a step, in a quarter of the time of `getattr`."""
+    found = module._buffers.get(name)
+    return getattr(module, name, None) if found is None else found
 
 
 def _read(
