@@ -1,0 +1,316 @@
+"""A column of a row group as bytes of Parquet: pages, and what the footer says of them.
+
+What is known of the columns makes this fast: numbers are few a row, texts are few and repeated, lists hold small
+integers or floats. Codes of a dictionary go at the width of whole bytes where zstd packs them better than bits do.
+
+Shapes: R rows, N entries of a column (a number each; of lists, all elements one after the other), V entries that
+hold a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from moeviz.store import thrift
+
+_INT32, _FLOAT, _DOUBLE, _BYTE_ARRAY = 1, 4, 5, 6
+_PLAIN, _RLE, _RLE_DICTIONARY, _BYTE_STREAM_SPLIT = 0, 3, 8, 9
+_DATA_PAGE, _DICTIONARY_PAGE = 0, 2
+_UNCOMPRESSED, _ZSTD = 0, 6
+_WORTH_BYTES = 300
+"""From how many bytes on a column is compressed: fewer take 10 us as well, which zstd spends on its tables."""
+_MOST_DISTINCT = 1 << 16
+"""Numbers from here on are looked for in no table of distinct ones."""
+
+PHYSICAL: dict[pa.DataType, tuple[int, int | None]] = {
+    pa.int32(): (_INT32, None),
+    pa.uint8(): (_INT32, 11),
+    pa.uint16(): (_INT32, 12),
+    pa.uint32(): (_INT32, 13),
+    pa.float32(): (_FLOAT, None),
+    pa.float64(): (_DOUBLE, None),
+    pa.string(): (_BYTE_ARRAY, 0),
+}
+"""Arrow type -> Parquet's physical type and its ConvertedType, if any."""
+_PLAIN_TYPES = {_INT32: "<i4", _FLOAT: "<f4", _DOUBLE: "<f8"}
+_CODES = (pa.uint8(), pa.uint16())
+"""Elements of lists: numbers that can be codes of a dictionary in which each number stands for itself."""
+ELEMENTS = (*_CODES, pa.uint32(), pa.int32(), pa.float32())
+"""Of lists."""
+
+
+class Chunk(NamedTuple):
+    """A column of a row group, as written."""
+
+    pages: bytes
+    metadata: tuple[thrift.Field, ...]
+    """Of ColumnMetaData, but for the offsets."""
+    data_at: int
+    """Where in `pages` the data page begins: after the dictionary, if there is one."""
+
+
+class _Dictionary(NamedTuple):
+    """What codes stand for."""
+
+    size: int
+    plain: bytes
+    squeezed: bytes | None = None
+    """`plain` after compression, where that is known already."""
+
+
+class _Body(NamedTuple):
+    """The entries of a column: levels, then values."""
+
+    encoding: int
+    entries: int
+    parts: Sequence[bytes | memoryview]
+    dictionary: _Dictionary | None = None
+
+
+def chunk(array: pa.Array, field: pa.Field, with_statistics: bool) -> Chunk:
+    """Write a column.
+
+    Args:
+        array: its values in a row group.
+        field: its name and type: a number, text or list of ELEMENTS.
+        with_statistics: note the smallest and the largest value, of integers and text.
+    """
+    name, noted = field.name.encode(), None
+    if pa.types.is_list(field.type):
+        type_, _ = PHYSICAL[field.type.value_type]
+        return _assembled(type_, (name, b"list", b"element"), _lists(array, field.type.value_type), None)
+    type_, _ = PHYSICAL[field.type]
+    if type_ == _BYTE_ARRAY:
+        body, texts = _texts(array)
+        if with_statistics:
+            noted = _edges(array.null_count, (min(texts), max(texts)) if texts else None)
+    else:
+        values_V = (array.drop_null() if array.null_count else array).to_numpy()
+        body = _numbers(values_V.astype(_PLAIN_TYPES[type_], copy=False), array)
+        if with_statistics:
+            noted = _integer_edges(values_V, array.null_count)
+    return _assembled(type_, (name,), body, noted)
+
+
+def _numbers(values_V: np.ndarray, array: pa.Array) -> _Body:
+    """A number a row: `values_V`, or NULL where `array` has it."""
+    entries, size = len(array), values_V.itemsize
+    levels, plain = _levels(_presence(array)), values_V.tobytes()
+    if len(values_V) > 1 and plain == plain[:size] * len(values_V):
+        return _Body(_RLE_DICTIONARY, entries, (levels, *_coded(values_V, 1)), _Dictionary(1, plain[:size]))
+    if values_V.dtype.kind == "f" and len(plain) >= _WORTH_BYTES:
+        return _Body(_BYTE_STREAM_SPLIT, entries, (levels, _planes(values_V)))
+    return _Body(_PLAIN, entries, (levels, plain))
+
+
+def _texts(array: pa.StringArray) -> tuple[_Body, list[bytes]]:
+    """A text a row, as codes of the distinct ones; and these."""
+    coded = array.dictionary_encode()
+    texts = [text.encode() for text in coded.dictionary.to_pylist()]
+    levels = _levels(_presence(array))
+    if not texts:
+        return _Body(_PLAIN, len(array), (levels,)), texts
+    plain = b"".join(part for text in texts for part in (len(text).to_bytes(4, "little"), text))
+    codes_V = (coded.indices.drop_null() if array.null_count else coded.indices).to_numpy()
+    parts = (levels, *_coded(codes_V, len(texts)))
+    return _Body(_RLE_DICTIONARY, len(array), parts, _Dictionary(len(texts), plain)), texts
+
+
+def _lists(array: pa.ListArray, element: pa.DataType) -> _Body:
+    """A list a row."""
+    offsets = array.offsets.to_numpy()
+    lengths_R = np.diff(offsets)
+    values_V = array.values.to_numpy()[offsets[0] : offsets[-1]]
+    entries, *levels = _list_levels(array, lengths_R)
+    if not len(values_V):
+        return _Body(_PLAIN, entries, levels)
+    if element == pa.float32():
+        return _Body(_BYTE_STREAM_SPLIT, entries, (*levels, _planes(values_V.astype("<f4", copy=False))))
+    if element in _CODES:
+        most = int(values_V.max())
+        if most < max(256, len(values_V)):
+            parts = (*levels, *_coded(values_V, most + 1))
+            return _Body(_RLE_DICTIONARY, entries, parts, _identity(most + 1))
+    distinct = None if element == pa.int32() else _distinct(values_V)
+    if distinct is None:
+        return _Body(_PLAIN, entries, (*levels, values_V.astype("<i4", copy=False).data))
+    numbers, codes_V = distinct
+    dictionary = _Dictionary(len(numbers), numbers.astype("<i4").tobytes())
+    return _Body(_RLE_DICTIONARY, entries, (*levels, *_coded(codes_V, len(numbers), tight=True)), dictionary)
+
+
+def _list_levels(array: pa.ListArray, lengths_R: np.ndarray) -> tuple[int, bytes, bytes]:
+    """Entries, repetition levels (0 where a list begins, 1 in it), definition levels (3: there is an element)."""
+    if lengths_R.all():
+        entries = int(lengths_R.sum())
+        return entries, _levels(_repeats(lengths_R)), _levels(_run(3, entries))
+    if array.null_count == len(array):
+        none = _levels(_run(0, len(array)))
+        return len(array), none, none
+    entries_R = np.maximum(lengths_R, 1)
+    defined_R = np.where(lengths_R > 0, 3, array.is_valid().to_numpy(zero_copy_only=False))
+    runs = zip(defined_R.tolist(), entries_R.tolist(), strict=True)
+    defined = b"".join(_run(level, entries) for level, entries in runs)
+    return int(entries_R.sum()), _levels(_repeats(entries_R)), _levels(defined)
+
+
+def _planes(values_V: np.ndarray) -> memoryview:
+    """The bytes of numbers sorted by their place in the number: so they compress better."""
+    size = values_V.itemsize
+    return np.ascontiguousarray(values_V.view(np.uint8).reshape(-1, size).T).reshape(-1).data
+
+
+def _distinct(values_V: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The distinct numbers, rising, and which of them each is; None where that would save little."""
+    most = int(values_V.max())
+    if most >= _MOST_DISTINCT:
+        return None
+    seen = np.zeros(most + 1, bool)
+    seen[values_V] = True
+    numbers = np.flatnonzero(seen)
+    if 2 * len(numbers) > len(values_V):
+        return None
+    return numbers, (np.cumsum(seen, dtype=np.int32) - 1)[values_V]
+
+
+def _coded(codes_V: np.ndarray, size: int, tight: bool = False) -> Sequence[bytes | memoryview]:
+    """Codes below `size`: their width in bits, then one run of them all, packed.
+
+    `tight`: in no more bits than they need, rounded up to an even number, for codes that zstd would not shrink.
+    """
+    if size == 1:
+        return (b"\x08", _run(0, len(codes_V)))
+    eights = -(-len(codes_V) // 8)
+    if tight and 256 < size <= 1 << 14:
+        width = -(-(size - 1).bit_length() // 2) * 2
+        return (bytes([width]), thrift.varint(eights << 1 | 1), _packed(codes_V, width))
+    width = 1 if size <= 1 << 8 else 2 if size <= 1 << 16 else 4
+    packed = codes_V.astype(f"<u{width}", copy=False).data
+    padding = bytes((8 * eights - len(codes_V)) * width)
+    return (bytes([8 * width]), thrift.varint(eights << 1 | 1), packed, padding)
+
+
+def _packed(codes_V: np.ndarray, width: int) -> bytes:
+    """Codes of `width` bits, an even number of at most 16, one after the other, filled up to a multiple of eight."""
+    filled = np.zeros(-(-len(codes_V) // 8) * 8, "<u8")
+    filled[: len(codes_V)] = codes_V
+    fours = filled.reshape(-1, 4)
+    fours <<= np.arange(0, 4 * width, width, dtype=np.uint64)
+    joined = np.bitwise_or.reduce(fours, axis=1)
+    return joined.view(np.uint8).reshape(-1, 8)[:, : width // 2].tobytes()
+
+
+@lru_cache(maxsize=8)
+def _identity(size: int) -> _Dictionary:
+    """The dictionary in which number i of 0..size-1 has code i."""
+    numbers = np.arange(size, dtype="<i4").tobytes()
+    return _Dictionary(size, numbers, _zstd(numbers))
+
+
+def _assembled(type_: int, path: tuple[bytes, ...], body: _Body, noted: thrift.Field | None) -> Chunk:
+    """Pages of a column, compressed where there is enough to compress."""
+    data = b"".join(body.parts)
+    dictionary = body.dictionary
+    raw_bytes = len(data) + (len(dictionary.plain) if dictionary else 0)
+    codec = _ZSTD if raw_bytes >= _WORTH_BYTES else _UNCOMPRESSED
+    squeeze = _zstd if codec == _ZSTD else bytes
+    first = first_head = b""
+    if dictionary:
+        known = dictionary.squeezed if codec == _ZSTD else None
+        first = squeeze(dictionary.plain) if known is None else known
+        first_head = _dictionary_header(dictionary.size, len(dictionary.plain), len(first))
+    second = squeeze(data)
+    second_head = _data_header(body.entries, body.encoding, len(data), len(second))
+    pages = b"".join((first_head, first, second_head, second))
+    encodings = (_PLAIN, _RLE, body.encoding) if dictionary else (_RLE, body.encoding)
+    sizes = len(pages) - len(first) - len(second) + raw_bytes, len(pages)
+    about = (*_kind(type_, encodings, path, codec), *_sizes(body.entries, *sizes))
+    return Chunk(pages, about if noted is None else (*about, noted), len(first_head) + len(first))
+
+
+@lru_cache(maxsize=1 << 10)
+def _kind(
+    type_: int, encodings: tuple[int, ...], path: tuple[bytes, ...], codec: int
+) -> tuple[thrift.Field, ...]:
+    """What ColumnMetaData says of a column and hardly ever changes."""
+    return (
+        thrift.i32(1, type_),
+        thrift.i32s(2, encodings),
+        thrift.binaries(3, path),
+        thrift.i32(4, codec),
+    )
+
+
+def _sizes(entries: int, raw_bytes: int, page_bytes: int) -> tuple[thrift.Field, ...]:
+    """And what does: entries, bytes before and after compression."""
+    return thrift.i64(5, entries), thrift.i64(6, raw_bytes), thrift.i64(7, page_bytes)
+
+
+def _data_header(entries: int, encoding: int, raw_bytes: int, page_bytes: int) -> bytes:
+    facts = [(1, entries), (2, encoding), (3, _RLE), (4, _RLE)]
+    own = thrift.struct(5, [thrift.i32(*fact) for fact in facts])
+    return _header(_DATA_PAGE, raw_bytes, page_bytes, own)
+
+
+@lru_cache(maxsize=1 << 10)
+def _dictionary_header(size: int, raw_bytes: int, page_bytes: int) -> bytes:
+    own = thrift.struct(7, [thrift.i32(1, size), thrift.i32(2, _PLAIN)])
+    return _header(_DICTIONARY_PAGE, raw_bytes, page_bytes, own)
+
+
+def _header(kind: int, raw_bytes: int, page_bytes: int, own: thrift.Field) -> bytes:
+    return thrift.fields_of([thrift.i32(1, kind), thrift.i32(2, raw_bytes), thrift.i32(3, page_bytes), own])
+
+
+def _integer_edges(values_V: np.ndarray, nulls: int) -> thrift.Field:
+    if not len(values_V):
+        return _edges(nulls, None)
+    edges = int(values_V.min()), int(values_V.max())
+    low, high = (edge.to_bytes(4, "little", signed=edge < 0) for edge in edges)
+    return _edges(nulls, (low, high))
+
+
+@lru_cache(maxsize=1 << 10)
+def _edges(nulls: int, edges: tuple[bytes, bytes] | None) -> thrift.Field:
+    """The smallest and the largest value, and how many rows have none."""
+    noted = [] if edges is None else [thrift.binary(5, edges[1]), thrift.binary(6, edges[0])]
+    return thrift.struct(12, [thrift.i64(3, nulls), *noted])
+
+
+def _presence(array: pa.Array) -> bytes:
+    """Definition levels of rows: 1 where there is a value."""
+    if array.null_count in (0, len(array)):
+        return _run(int(array.null_count == 0), len(array))
+    bits = np.packbits(array.is_valid().to_numpy(zero_copy_only=False), bitorder="little")
+    return thrift.varint(len(bits) << 1 | 1) + bits.tobytes()
+
+
+def _levels(runs: bytes) -> bytes:
+    return len(runs).to_bytes(4, "little") + runs
+
+
+def _run(level: int, count: int) -> bytes:
+    """The same level `count` times."""
+    return thrift.varint(count << 1) + bytes([level])
+
+
+def _repeats(lengths_R: np.ndarray) -> bytes:
+    """Repetition levels of lists: 0 where a list begins, 1 in it."""
+    first = int(lengths_R[0])
+    if (lengths_R == first).all():
+        return _repeat(first) * len(lengths_R)
+    return b"".join(map(_repeat, lengths_R.tolist()))
+
+
+@lru_cache(maxsize=4096)
+def _repeat(length: int) -> bytes:
+    return _run(0, 1) + (_run(1, length - 1) if length > 1 else b"")
+
+
+def _zstd(body: bytes) -> bytes:
+    return pa.Codec("zstd", compression_level=1).compress(body, asbytes=True)
