@@ -44,14 +44,31 @@ ELEMENTS = (*_CODES, pa.uint32(), pa.int32(), pa.float32())
 """Of lists."""
 
 
+class Column(NamedTuple):
+    """What is known of a column before its rows: the same at every flush."""
+
+    path: tuple[bytes, ...]
+    type_: int
+    """Parquet's."""
+    is_list: bool
+    is_code: bool
+    """Whether numbers of its lists can be codes of a dictionary."""
+    noted: bool
+    """Whether the smallest and the largest value are noted, of integers and text."""
+
+
 class Chunk(NamedTuple):
     """A column of a row group, as written."""
 
-    pages: bytes
-    metadata: tuple[thrift.Field, ...]
-    """Of ColumnMetaData, but for the offsets."""
+    pages: Sequence[bytes]
+    metadata: bytes
+    """Fields 1 to 7 of ColumnMetaData: all before the offsets."""
+    edges: thrift.Field | None
+    """Its statistics, if noted."""
     data_at: int
     """Where in `pages` the data page begins: after the dictionary, if there is one."""
+    num_bytes: int
+    """Of `pages`."""
 
 
 class _Dictionary(NamedTuple):
@@ -72,29 +89,27 @@ class _Body(NamedTuple):
     dictionary: _Dictionary | None = None
 
 
-def chunk(array: pa.Array, field: pa.Field, with_statistics: bool) -> Chunk:
-    """Write a column.
+def column(field: pa.Field, noted: bool) -> Column | None:
+    """What to know of a column; None: of a type that is not written here."""
+    name, is_list = field.name.encode(), pa.types.is_list(field.type)
+    element = field.type.value_type if is_list else field.type
+    if element not in (ELEMENTS if is_list else PHYSICAL):
+        return None
+    path = (name, b"list", b"element") if is_list else (name,)
+    return Column(path, PHYSICAL[element][0], is_list, element in _CODES, noted)
 
-    Args:
-        array: its values in a row group.
-        field: its name and type: a number, text or list of ELEMENTS.
-        with_statistics: note the smallest and the largest value, of integers and text.
-    """
-    name, noted = field.name.encode(), None
-    if pa.types.is_list(field.type):
-        type_, _ = PHYSICAL[field.type.value_type]
-        return _assembled(type_, (name, b"list", b"element"), _lists(array, field.type.value_type), None)
-    type_, _ = PHYSICAL[field.type]
-    if type_ == _BYTE_ARRAY:
+
+def chunk(array: pa.Array, column: Column) -> Chunk:
+    """Write the values of a column in a row group."""
+    if column.is_list:
+        return _assembled(column, _lists(array, column))
+    if column.type_ == _BYTE_ARRAY:
         body, texts = _texts(array)
-        if with_statistics:
-            noted = _edges(array.null_count, (min(texts), max(texts)) if texts else None)
-    else:
-        values_V = (array.drop_null() if array.null_count else array).to_numpy()
-        body = _numbers(values_V.astype(_PLAIN_TYPES[type_], copy=False), array)
-        if with_statistics:
-            noted = _integer_edges(values_V, array.null_count)
-    return _assembled(type_, (name,), body, noted)
+        edges = (min(texts), max(texts)) if column.noted and texts else None
+        return _assembled(column, body, _edges(array.null_count, edges) if column.noted else None)
+    values_V = (array.drop_null() if array.null_count else array).to_numpy()
+    body = _numbers(values_V.astype(_PLAIN_TYPES[column.type_], copy=False), array)
+    return _assembled(column, body, _integer_edges(values_V, array.null_count) if column.noted else None)
 
 
 def _numbers(values_V: np.ndarray, array: pa.Array) -> _Body:
@@ -121,7 +136,7 @@ def _texts(array: pa.StringArray) -> tuple[_Body, list[bytes]]:
     return _Body(_RLE_DICTIONARY, len(array), parts, _Dictionary(len(texts), plain)), texts
 
 
-def _lists(array: pa.ListArray, element: pa.DataType) -> _Body:
+def _lists(array: pa.ListArray, column: Column) -> _Body:
     """A list a row."""
     offsets = array.offsets.to_numpy()
     lengths_R = np.diff(offsets)
@@ -129,14 +144,14 @@ def _lists(array: pa.ListArray, element: pa.DataType) -> _Body:
     entries, *levels = _list_levels(array, lengths_R)
     if not len(values_V):
         return _Body(_PLAIN, entries, levels)
-    if element == pa.float32():
+    if column.type_ == _FLOAT:
         return _Body(_BYTE_STREAM_SPLIT, entries, (*levels, _planes(values_V.astype("<f4", copy=False))))
-    if element in _CODES:
+    if column.is_code:
         most = int(values_V.max())
         if most < max(256, len(values_V)):
             parts = (*levels, *_coded(values_V, most + 1))
             return _Body(_RLE_DICTIONARY, entries, parts, _identity(most + 1))
-    distinct = None if element == pa.int32() else _distinct(values_V)
+    distinct = _distinct(values_V)
     if distinct is None:
         return _Body(_PLAIN, entries, (*levels, values_V.astype("<i4", copy=False).data))
     numbers, codes_V = distinct
@@ -168,7 +183,7 @@ def _planes(values_V: np.ndarray) -> memoryview:
 def _distinct(values_V: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """The distinct numbers, rising, and which of them each is; None where that would save little."""
     most = int(values_V.max())
-    if most >= _MOST_DISTINCT:
+    if most >= _MOST_DISTINCT or values_V.min() < 0:
         return None
     seen = np.zeros(most + 1, bool)
     seen[values_V] = True
@@ -212,59 +227,46 @@ def _identity(size: int) -> _Dictionary:
     return _Dictionary(size, numbers, _zstd(numbers))
 
 
-def _assembled(type_: int, path: tuple[bytes, ...], body: _Body, noted: thrift.Field | None) -> Chunk:
+def _assembled(column: Column, body: _Body, edges: thrift.Field | None = None) -> Chunk:
     """Pages of a column, compressed where there is enough to compress."""
     data = b"".join(body.parts)
     dictionary = body.dictionary
     raw_bytes = len(data) + (len(dictionary.plain) if dictionary else 0)
     codec = _ZSTD if raw_bytes >= _WORTH_BYTES else _UNCOMPRESSED
-    squeeze = _zstd if codec == _ZSTD else bytes
-    first = first_head = b""
+    first: tuple[bytes, ...] = ()
     if dictionary:
-        known = dictionary.squeezed if codec == _ZSTD else None
-        first = squeeze(dictionary.plain) if known is None else known
-        first_head = _dictionary_header(dictionary.size, len(dictionary.plain), len(first))
-    second = squeeze(data)
-    second_head = _data_header(body.entries, body.encoding, len(data), len(second))
-    pages = b"".join((first_head, first, second_head, second))
-    encodings = (_PLAIN, _RLE, body.encoding) if dictionary else (_RLE, body.encoding)
-    sizes = len(pages) - len(first) - len(second) + raw_bytes, len(pages)
-    about = (*_kind(type_, encodings, path, codec), *_sizes(body.entries, *sizes))
-    return Chunk(pages, about if noted is None else (*about, noted), len(first_head) + len(first))
+        plain = dictionary.plain
+        if codec == _ZSTD:
+            plain = _zstd(plain) if dictionary.squeezed is None else dictionary.squeezed
+        first = _dictionary_header(dictionary.size, len(dictionary.plain), len(plain)), plain
+    squeezed = _zstd(data) if codec == _ZSTD else data
+    pages = (*first, _data_header(body.entries, body.encoding, len(data), len(squeezed)), squeezed)
+    num_bytes, data_at = sum(map(len, pages)), sum(map(len, first))
+    heads = num_bytes - len(squeezed) - (len(first[1]) if first else 0)
+    sizes = thrift.next_i64s(body.entries, heads + raw_bytes, num_bytes)
+    metadata = _kind(column.type_, column.path, body.encoding, codec) + sizes
+    return Chunk(pages, metadata, edges, data_at, num_bytes)
 
 
 @lru_cache(maxsize=1 << 10)
-def _kind(
-    type_: int, encodings: tuple[int, ...], path: tuple[bytes, ...], codec: int
-) -> tuple[thrift.Field, ...]:
-    """What ColumnMetaData says of a column and hardly ever changes."""
-    return (
-        thrift.i32(1, type_),
-        thrift.i32s(2, encodings),
-        thrift.binaries(3, path),
-        thrift.i32(4, codec),
-    )
-
-
-def _sizes(entries: int, raw_bytes: int, page_bytes: int) -> tuple[thrift.Field, ...]:
-    """And what does: entries, bytes before and after compression."""
-    return thrift.i64(5, entries), thrift.i64(6, raw_bytes), thrift.i64(7, page_bytes)
+def _kind(type_: int, path: tuple[bytes, ...], encoding: int, codec: int) -> bytes:
+    """What ColumnMetaData says of a column and hardly ever changes: fields 1 to 4."""
+    encodings = (_PLAIN, _RLE, encoding) if encoding == _RLE_DICTIONARY else (_RLE, encoding)
+    fields = (thrift.i32(1, type_), thrift.i32s(2, encodings), thrift.binaries(3, path), thrift.i32(4, codec))
+    return thrift.fields_of(fields)[:-1]
 
 
 def _data_header(entries: int, encoding: int, raw_bytes: int, page_bytes: int) -> bytes:
-    facts = [(1, entries), (2, encoding), (3, _RLE), (4, _RLE)]
-    own = thrift.struct(5, [thrift.i32(*fact) for fact in facts])
-    return _header(_DATA_PAGE, raw_bytes, page_bytes, own)
+    own = thrift.next_i32s(entries, encoding, _RLE, _RLE) + b"\0"
+    return (
+        thrift.next_i32s(_DATA_PAGE, raw_bytes, page_bytes) + b"\x2c" + own + b"\0"
+    )  # 2c: a struct, field 5
 
 
 @lru_cache(maxsize=1 << 10)
 def _dictionary_header(size: int, raw_bytes: int, page_bytes: int) -> bytes:
     own = thrift.struct(7, [thrift.i32(1, size), thrift.i32(2, _PLAIN)])
-    return _header(_DICTIONARY_PAGE, raw_bytes, page_bytes, own)
-
-
-def _header(kind: int, raw_bytes: int, page_bytes: int, own: thrift.Field) -> bytes:
-    return thrift.fields_of([thrift.i32(1, kind), thrift.i32(2, raw_bytes), thrift.i32(3, page_bytes), own])
+    return thrift.next_i32s(_DICTIONARY_PAGE, raw_bytes, page_bytes) + thrift.fields_of([own], after=3)
 
 
 def _integer_edges(values_V: np.ndarray, nulls: int) -> thrift.Field:

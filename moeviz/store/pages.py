@@ -16,30 +16,42 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from moeviz.store import thrift
-from moeviz.store.chunks import ELEMENTS, PHYSICAL, chunk
+from moeviz.store.chunks import PHYSICAL, Chunk, Column, chunk, column
 
 _MAGIC = b"PAR1"
 _OPTIONAL, _REPEATED = 1, 2
 _LIST_TYPE = 3
 
 
+class _Plan(NamedTuple):
+    """What is known of a table before its rows: the same at every flush."""
+
+    columns: tuple[Column | None, ...]
+    schema: thrift.Field
+    facts: thrift.Field
+    """The schema's own metadata, and the schema in Arrow's words, as pyarrow leaves it for itself."""
+    orders: thrift.Field
+    """Columns sort as their types say."""
+
+
 def fits(table: pa.Table) -> bool:
     """Whether `write` can write these rows."""
+    columns = _plan(table.schema.serialize().to_pybytes(), ()).columns
     return all(
-        _whole(column) if pa.types.is_list(column.type) else column.type in PHYSICAL
-        for column in table.columns
+        known is not None and (not known.is_list or _whole(table.column(at)))
+        for at, known in enumerate(columns)
     )
 
 
 def _whole(column: pa.ChunkedArray) -> bool:
     """Lists of numbers without a NULL inside; behind a list that is NULL itself, Arrow might keep numbers."""
-    return column.type.value_type in ELEMENTS and all(
+    return all(
         array.values.null_count == 0 and (array.null_count == 0 or _bare(array)) for array in column.chunks
     )
 
@@ -58,50 +70,66 @@ def write(file: BinaryIO, table: pa.Table, row_groups: Sequence[int], statistics
         row_groups: rows of each row group.
         statistics: columns of integers or text whose smallest and largest value of each row group are noted.
     """
+    plan = _plan(table.schema.serialize().to_pybytes(), tuple(statistics))
     file.write(_MAGIC)
-    at, start, groups, fields = len(_MAGIC), 0, [], list(table.schema)
+    at, start, groups = len(_MAGIC), 0, []
     for size in row_groups:
         rows = table if size == table.num_rows else table.slice(start, size)
-        chunks, group_bytes = [], 0
-        for column, field in zip(rows.columns, fields, strict=True):
-            array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-            written = chunk(array, field, field.name in statistics)
-            file.write(written.pages)
-            metadata = [*written.metadata, thrift.i64(9, at + written.data_at)]
-            if written.data_at:
-                metadata.append(thrift.i64(11, at))
-            chunks.append(thrift.fields_of([thrift.i64(2, 0), thrift.struct(3, sorted(metadata))]))
-            at, group_bytes = at + len(written.pages), group_bytes + len(written.pages)
-        groups.append(
-            thrift.fields_of([thrift.structs(1, chunks), thrift.i64(2, group_bytes), thrift.i64(3, size)])
-        )
+        chunks, begin = [], at
+        for array, known in zip(_arrays(rows), plan.columns, strict=True):
+            assert known is not None, "the table fits"
+            written = chunk(array, known)
+            file.writelines(written.pages)
+            chunks.append(_column_chunk(written, at))
+            at += written.num_bytes
+        sizes = thrift.next_i64s(at - begin, size)
+        groups.append(thrift.fields_of([thrift.structs(1, chunks)])[:-1] + sizes + b"\0")
         start += size
-    footer = _footer(table, groups)
+    footer = thrift.fields_of(
+        [
+            thrift.i32(1, 2),
+            plan.schema,
+            thrift.i64(3, table.num_rows),
+            thrift.structs(4, groups),
+            plan.facts,
+            thrift.binary(6, b"moeviz"),
+            plan.orders,
+        ]
+    )
     file.write(footer + len(footer).to_bytes(4, "little") + _MAGIC)
 
 
-def _footer(table: pa.Table, groups: Sequence[bytes]) -> bytes:
-    schema, facts = _about(table.schema.serialize().to_pybytes())
-    return thrift.fields_of(
-        [
-            thrift.i32(1, 2),
-            schema,
-            thrift.i64(3, table.num_rows),
-            thrift.structs(4, groups),
-            facts,
-            thrift.binary(6, b"moeviz"),
-            thrift.structs(7, [thrift.fields_of([thrift.struct(1, [])])] * table.num_columns),
-        ]
-    )
+def _arrays(rows: pa.Table) -> Sequence[pa.Array]:
+    """Each column in one piece."""
+    batches = rows.to_batches()
+    return (batches if len(batches) == 1 else rows.combine_chunks().to_batches())[0].columns
+
+
+def _column_chunk(written: Chunk, at: int) -> bytes:
+    """What the footer says of a column whose pages begin at byte `at` of the file."""
+    fields = [thrift.i64(9, at + written.data_at)]
+    if written.data_at:
+        fields.append(thrift.i64(11, at))
+    if written.edges is not None:
+        fields.append(written.edges)
+    metadata = written.metadata + thrift.fields_of(fields, after=7)
+    return b"\x26\0\x1c" + metadata + b"\0"  # field 2, of no use any more: 0; field 3: a struct
 
 
 @lru_cache(maxsize=64)
-def _about(serialized: bytes) -> tuple[thrift.Field, thrift.Field]:
-    """What a footer says of a schema, as Arrow serializes it: the same in every segment of a table."""
+def _plan(serialized: bytes, statistics: tuple[str, ...]) -> _Plan:
+    """Of a schema as Arrow serializes it."""
     schema = pa.ipc.read_schema(pa.py_buffer(serialized))
+    columns = tuple(column(field, field.name in statistics) for field in schema)
     arrow = (b"ARROW:schema", base64.b64encode(serialized))
     facts = [_pair(*pair) for pair in (*(schema.metadata or {}).items(), arrow)]
-    return thrift.structs(2, _schema(schema)), thrift.structs(5, facts)
+    by_type = thrift.fields_of([thrift.struct(1, [])])
+    return _Plan(
+        columns,
+        thrift.structs(2, _schema(schema) if None not in columns else []),
+        thrift.structs(5, facts),
+        thrift.structs(7, [by_type] * len(schema)),
+    )
 
 
 def _schema(schema: pa.Schema) -> list[bytes]:
