@@ -16,7 +16,7 @@ from moeviz.store.schema import TABLES, segment_schema
 from moeviz.store.segments import write_parquet
 
 SCHEMA = segment_schema("routing", "run-of-the-test")
-STATISTICS = ("step", "layer", "seq")
+STATISTICS = ("step", "layer", "seq", "name")
 
 
 def routing(rng: np.random.Generator, lengths: np.ndarray, num_experts: int) -> pa.Table:
@@ -36,9 +36,13 @@ def routing(rng: np.random.Generator, lengths: np.ndarray, num_experts: int) -> 
     return pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
-def written(path: Path, table: pa.Table, row_groups: list[int]) -> Path:
+def written(
+    path: Path, table: pa.Table, row_groups: list[int], statistics: tuple[str, ...] = STATISTICS
+) -> Path:
+    plan = pages.fitting(table, statistics)
+    assert plan is not None
     with open(path, "wb") as file:
-        pages.write(file, table, row_groups, STATISTICS)
+        pages.write(file, table, plan, row_groups)
     return path
 
 
@@ -119,7 +123,7 @@ ODD_LIST = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), pa.array([4
 )
 def test_what_does_not_fit_is_left_to_arrow(tmp_path: Path, column: pa.Array) -> None:
     table = pa.table({"step": pa.array([1, 2], pa.int32()), "column": column})
-    assert not pages.fits(table)
+    assert pages.fitting(table, STATISTICS) is None
     write_parquet(tmp_path / "rows.parquet", table)
     assert pq.read_table(tmp_path / "rows.parquet").equals(table)
 
@@ -159,7 +163,6 @@ def mixed(rng: np.random.Generator, rows: int, share: float) -> pa.Table:
 def test_text_and_nulls_are_found_by_other_readers(tmp_path: Path, rows: int, share: float) -> None:
     rng = np.random.default_rng(rows)
     table = mixed(rng, rows, share).replace_schema_metadata({"moeviz_run": "run-of-the-test"})
-    assert pages.fits(table)
     path = written(tmp_path / "rows.parquet", table, [rows // 2, rows - rows // 2])
     found = pq.read_table(path)
     assert found.equals(table)
@@ -190,9 +193,7 @@ def test_statistics_know_of_nulls_and_text(tmp_path: Path) -> None:
         "name": pa.array(["b", "é", "", None, None]),
     }
     table = pa.table(columns)
-    with open(tmp_path / "rows.parquet", "wb") as file:
-        pages.write(file, table, [3, 2], ("layer", "name"))
-    metadata = pq.read_metadata(tmp_path / "rows.parquet")
+    metadata = pq.read_metadata(written(tmp_path / "rows.parquet", table, [3, 2], ("layer", "name")))
     noted = [metadata.row_group(0).column(at).statistics for at in range(2)]
     assert [(each.min, each.max, each.null_count) for each in noted] == [(2, 4, 1), ("", "é", 0)]
     empty = [metadata.row_group(1).column(at).statistics for at in range(2)]
@@ -234,7 +235,6 @@ def attention(rng: np.random.Generator, sizes: list[tuple[int, int]]) -> pa.Tabl
 def test_lists_of_floats_are_found_to_the_bit(tmp_path: Path) -> None:
     table = attention(np.random.default_rng(9), [(128, 128), (1, 1), (7, 3), (128, 64)])
     table = pa.concat_tables([table, table.slice(1)])
-    assert pages.fits(table)
     path = written(tmp_path / "rows.parquet", table, [3, 4])
     assert pq.read_table(path).equals(table)
     assert duckdb.sql(f"FROM '{path}'").to_arrow_table().cast(table.schema).equals(table)
@@ -248,7 +248,7 @@ def test_lists_of_floats_are_found_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_routing_fits_and_an_empty_segment_is_whole(tmp_path: Path) -> None:
-    assert pages.fits(routing(np.random.default_rng(7), np.array([2, 3]), 4))
+    assert pages.fitting(routing(np.random.default_rng(7), np.array([2, 3]), 4), STATISTICS) is not None
     for name in ("routing", "sequences"):
         empty = TABLES[name].schema.empty_table()
         write_parquet(tmp_path / f"{name}.parquet", empty)

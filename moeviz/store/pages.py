@@ -5,7 +5,7 @@ in a hash table and packs it into bits one by one, 12 ns a number. Packed at a w
 simply the bytes of the array, and zstd makes what is left of them: less than bits packed as tightly as they go. A
 small table costs a general writer half a millisecond whatever is in it, here a tenth of that.
 
-Any Parquet reader reads the result. For tables of numbers, text and lists of numbers, none of them NULL (`fits`);
+Any Parquet reader reads the result. For tables of numbers, text and lists of numbers without NULL inside (`fitting`);
 everything else goes through pyarrow.
 
 https://parquet.apache.org/docs/file-format/
@@ -29,10 +29,11 @@ _OPTIONAL, _REPEATED = 1, 2
 _LIST_TYPE = 3
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What is known of a table before its rows: the same at every flush."""
 
     columns: tuple[Column | None, ...]
+    """None: of a type that is not written here."""
     schema: thrift.Field
     facts: thrift.Field
     """The schema's own metadata, and the schema in Arrow's words, as pyarrow leaves it for itself."""
@@ -40,13 +41,19 @@ class _Plan(NamedTuple):
     """Columns sort as their types say."""
 
 
-def fits(table: pa.Table) -> bool:
-    """Whether `write` can write these rows."""
-    columns = _plan(table.schema.serialize().to_pybytes(), ()).columns
-    return all(
+def fitting(table: pa.Table, statistics: Sequence[str]) -> Plan | None:
+    """How to `write` these rows; None where that cannot be.
+
+    Args:
+        table: the rows.
+        statistics: columns of integers or text whose smallest and largest value of each row group are noted.
+    """
+    plan = _plan(table.schema.serialize().to_pybytes(), tuple(statistics))
+    fits = all(
         known is not None and (not known.is_list or _whole(table.column(at)))
-        for at, known in enumerate(columns)
+        for at, known in enumerate(plan.columns)
     )
+    return plan if fits else None
 
 
 def _whole(column: pa.ChunkedArray) -> bool:
@@ -61,23 +68,22 @@ def _bare(array: pa.ListArray) -> bool:
     return not lengths_R[array.is_null().to_numpy(zero_copy_only=False)].any()
 
 
-def write(file: BinaryIO, table: pa.Table, row_groups: Sequence[int], statistics: Sequence[str]) -> None:
+def write(file: BinaryIO, table: pa.Table, plan: Plan, row_groups: Sequence[int]) -> None:
     """Write a Parquet file.
 
     Args:
         file: open for writing, at its beginning.
-        table: rows that `fits`.
+        table: its rows.
+        plan: `fitting` them.
         row_groups: rows of each row group.
-        statistics: columns of integers or text whose smallest and largest value of each row group are noted.
     """
-    plan = _plan(table.schema.serialize().to_pybytes(), tuple(statistics))
     file.write(_MAGIC)
     at, start, groups = len(_MAGIC), 0, []
     for size in row_groups:
         rows = table if size == table.num_rows else table.slice(start, size)
         chunks, begin = [], at
         for array, known in zip(_arrays(rows), plan.columns, strict=True):
-            assert known is not None, "the table fits"
+            assert known is not None, "the plan fits"
             written = chunk(array, known)
             file.writelines(written.pages)
             chunks.append(_column_chunk(written, at))
@@ -117,14 +123,14 @@ def _column_chunk(written: Chunk, at: int) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def _plan(serialized: bytes, statistics: tuple[str, ...]) -> _Plan:
+def _plan(serialized: bytes, statistics: tuple[str, ...]) -> Plan:
     """Of a schema as Arrow serializes it."""
     schema = pa.ipc.read_schema(pa.py_buffer(serialized))
     columns = tuple(column(field, field.name in statistics) for field in schema)
     arrow = (b"ARROW:schema", base64.b64encode(serialized))
     facts = [_pair(*pair) for pair in (*(schema.metadata or {}).items(), arrow)]
     by_type = thrift.fields_of([thrift.struct(1, [])])
-    return _Plan(
+    return Plan(
         columns,
         thrift.structs(2, _schema(schema) if None not in columns else []),
         thrift.structs(5, facts),

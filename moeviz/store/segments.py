@@ -73,11 +73,12 @@ def write_parquet(
     """
     most = max(1, int(table.num_rows * _ROW_GROUP_BYTES / max(table.nbytes, 1)))
     with open(path, "wb") as file:
-        if pages.fits(table):
+        plan = pages.fitting(table, _STATISTICS_COLUMNS)
+        if plan is not None:
             sizes = [
                 min(most, size - at) for size in row_groups or [table.num_rows] for at in range(0, size, most)
             ]
-            pages.write(file, table, sizes, _STATISTICS_COLUMNS)
+            pages.write(file, table, plan, sizes)
         else:
             _write_with_arrow(file, table, row_groups or [table.num_rows], most)
         if sync:
