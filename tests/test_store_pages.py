@@ -136,7 +136,8 @@ def mixed(rng: np.random.Generator, rows: int, share: float) -> pa.Table:
 
     def listed(most: int, element: pa.DataType) -> pa.Array:
         sizes = [0 if rng.random() < share else int(rng.integers(1, 30)) for _ in range(rows)]
-        return some([rng.integers(0, most, size).tolist() for size in sizes], pa.list_(element))
+        least = 1 - most if element == pa.int32() else 0
+        return some([rng.integers(least, most, size).tolist() for size in sizes], pa.list_(element))
 
     words = ["", "é", "日本語", "\x00", "a" * 300, "name", "näme", *map(str, range(rng.integers(1, 600)))]
     columns = {
@@ -153,6 +154,7 @@ def mixed(rng: np.random.Generator, rows: int, share: float) -> pa.Table:
         "codes": listed(256, pa.uint8()),
         "counts": listed(int(rng.choice([1, 200, 2000, 2**32])), pa.uint32()),
         "token_ids": listed(50_000, pa.int32()),
+        "few_ids": listed(40, pa.int32()),
         "scores": listed(9, pa.float32()),
     }
     return pa.table(columns)
@@ -200,11 +202,13 @@ def test_statistics_know_of_nulls_and_text(tmp_path: Path) -> None:
     assert [(each.has_min_max, each.null_count) for each in empty] == [(False, 2), (False, 2)]
 
 
-@pytest.mark.parametrize("distinct", [1, 2, 256, 257, 1000, 1500, 2**14, 2**14 + 1])
+@pytest.mark.parametrize(
+    "distinct", [1, 2, 256, 257, 1000, 1500, 3000, 2**12 + 1, 2**13 + 1, 2**15, 2**15 + 1]
+)
 @pytest.mark.parametrize("odd", [0, 1, 5])
 def test_counts_keep_their_values_at_any_width_of_codes(tmp_path: Path, distinct: int, odd: int) -> None:
     rng = np.random.default_rng(distinct)
-    values = np.concatenate([np.arange(distinct), rng.integers(0, distinct, 2 * distinct + odd)]) * 3
+    values = np.concatenate([np.arange(distinct), rng.integers(0, distinct, 2 * distinct + odd)]) + 2**31
     column = pa.ListArray.from_arrays(
         pa.array([0, 1, len(values)], pa.int32()), pa.array(values.astype(np.uint32))
     )
@@ -212,6 +216,14 @@ def test_counts_keep_their_values_at_any_width_of_codes(tmp_path: Path, distinct
     path = written(tmp_path / "rows.parquet", table, [2])
     assert pq.read_table(path).equals(table)
     assert duckdb.sql(f"FROM '{path}'").to_arrow_table().cast(table.schema).equals(table)
+
+
+def test_a_dictionary_is_made_only_where_texts_return(tmp_path: Path) -> None:
+    table = pa.table({"name": ["a", "b"] * 200, "detail": [str(at) for at in range(400)], "none": [""] * 400})
+    path = written(tmp_path / "rows.parquet", table, [400])
+    group = pq.read_metadata(path).row_group(0)
+    assert [group.column(at).has_dictionary_page for at in range(3)] == [True, False, True]
+    assert pq.read_table(path).equals(table)
 
 
 def test_nan_and_its_bits_stay(tmp_path: Path) -> None:

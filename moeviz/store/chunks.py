@@ -9,7 +9,7 @@ hold a value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,8 +24,8 @@ _DATA_PAGE, _DICTIONARY_PAGE = 0, 2
 _UNCOMPRESSED, _ZSTD = 0, 6
 _WORTH_BYTES = 300
 """From how many bytes on a column is compressed: fewer take 10 us as well, which zstd spends on its tables."""
-_MOST_DISTINCT = 1 << 16
-"""Numbers from here on are looked for in no table of distinct ones."""
+_MOST_SPAN = 1 << 16
+"""Numbers that lie further apart are not looked for in a table of distinct ones."""
 
 PHYSICAL: dict[pa.DataType, tuple[int, int | None]] = {
     pa.int32(): (_INT32, None),
@@ -124,16 +124,20 @@ def _numbers(values_V: np.ndarray, array: pa.Array) -> _Body:
 
 
 def _texts(array: pa.StringArray) -> tuple[_Body, list[bytes]]:
-    """A text a row, as codes of the distinct ones; and these."""
+    """A text a row, as codes of the distinct ones where that saves any; and these."""
     coded = array.dictionary_encode()
     texts = [text.encode() for text in coded.dictionary.to_pylist()]
     levels = _levels(_presence(array))
-    if not texts:
-        return _Body(_PLAIN, len(array), (levels,)), texts
-    plain = b"".join(part for text in texts for part in (len(text).to_bytes(4, "little"), text))
     codes_V = (coded.indices.drop_null() if array.null_count else coded.indices).to_numpy()
+    if 2 * len(texts) >= len(codes_V):
+        return _Body(_PLAIN, len(array), (levels, _counted(texts[code] for code in codes_V.tolist()))), texts
     parts = (levels, *_coded(codes_V, len(texts)))
-    return _Body(_RLE_DICTIONARY, len(array), parts, _Dictionary(len(texts), plain)), texts
+    return _Body(_RLE_DICTIONARY, len(array), parts, _Dictionary(len(texts), _counted(texts))), texts
+
+
+def _counted(texts: Iterable[bytes]) -> bytes:
+    """Texts one after the other, each behind its length."""
+    return b"".join([part for text in texts for part in (len(text).to_bytes(4, "little"), text)])
 
 
 def _lists(array: pa.ListArray, column: Column) -> _Body:
@@ -182,27 +186,29 @@ def _planes(values_V: np.ndarray) -> memoryview:
 
 def _distinct(values_V: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """The distinct numbers, rising, and which of them each is; None where that would save little."""
-    most = int(values_V.max())
-    if most >= _MOST_DISTINCT or values_V.min() < 0:
+    least = int(values_V.min())
+    span = int(values_V.max()) - least + 1
+    if span > _MOST_SPAN:
         return None
-    seen = np.zeros(most + 1, bool)
-    seen[values_V] = True
+    above_V = values_V - values_V.dtype.type(least)
+    seen = np.zeros(span, bool)
+    seen[above_V] = True
     numbers = np.flatnonzero(seen)
     if 2 * len(numbers) > len(values_V):
         return None
-    return numbers, (np.cumsum(seen, dtype=np.int32) - 1)[values_V]
+    return numbers + least, (np.cumsum(seen, dtype=np.int32) - 1)[above_V]
 
 
 def _coded(codes_V: np.ndarray, size: int, tight: bool = False) -> Sequence[bytes | memoryview]:
     """Codes below `size`: their width in bits, then one run of them all, packed.
 
-    `tight`: in no more bits than they need, rounded up to an even number, for codes that zstd would not shrink.
+    `tight`: in no more bits than they need where that is more than a byte, for codes that zstd would not shrink.
     """
     if size == 1:
         return (b"\x08", _run(0, len(codes_V)))
     eights = -(-len(codes_V) // 8)
-    if tight and 256 < size <= 1 << 14:
-        width = -(-(size - 1).bit_length() // 2) * 2
+    if tight and 1 << 8 < size <= 1 << 15:
+        width = (size - 1).bit_length()
         return (bytes([width]), thrift.varint(eights << 1 | 1), _packed(codes_V, width))
     width = 1 if size <= 1 << 8 else 2 if size <= 1 << 16 else 4
     packed = codes_V.astype(f"<u{width}", copy=False).data
@@ -211,13 +217,18 @@ def _coded(codes_V: np.ndarray, size: int, tight: bool = False) -> Sequence[byte
 
 
 def _packed(codes_V: np.ndarray, width: int) -> bytes:
-    """Codes of `width` bits, an even number of at most 16, one after the other, filled up to a multiple of eight."""
-    filled = np.zeros(-(-len(codes_V) // 8) * 8, "<u8")
+    """Codes of `width` bits, 9 to 15, one after the other from the lowest bit on, filled up to a multiple of eight.
+
+    Eight codes are `width` bytes: two halves of four codes, joined in a number of 128 bits.
+    """
+    filled = np.zeros(-(-len(codes_V) // 8) * 8, np.uint64)
     filled[: len(codes_V)] = codes_V
-    fours = filled.reshape(-1, 4)
-    fours <<= np.arange(0, 4 * width, width, dtype=np.uint64)
-    joined = np.bitwise_or.reduce(fours, axis=1)
-    return joined.view(np.uint8).reshape(-1, 8)[:, : width // 2].tobytes()
+    shifts = np.arange(0, 4 * width, width, dtype=np.uint64)
+    halves = np.bitwise_or.reduce(filled.reshape(-1, 2, 4) << shifts, axis=2)
+    whole = np.empty(halves.shape, "<u8")
+    whole[:, 0] = halves[:, 0] | halves[:, 1] << np.uint64(4 * width)
+    whole[:, 1] = halves[:, 1] >> np.uint64(64 - 4 * width)
+    return whole.view(np.uint8)[:, :width].tobytes()
 
 
 @lru_cache(maxsize=8)
