@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from moeviz.store.schema import TABLES, segment_schema
 from moeviz.store.segments import write_parquet
 
 SCHEMA = segment_schema("routing", "run-of-the-test")
-STATISTICS = ("step", "layer", "seq")
+STATISTICS = ("step", "layer", "seq", "name")
 
 
 def routing(rng: np.random.Generator, lengths: np.ndarray, num_experts: int) -> pa.Table:
@@ -37,9 +36,13 @@ def routing(rng: np.random.Generator, lengths: np.ndarray, num_experts: int) -> 
     return pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
-def written(path: Path, table: pa.Table, row_groups: list[int]) -> Path:
+def written(
+    path: Path, table: pa.Table, row_groups: list[int], statistics: tuple[str, ...] = STATISTICS
+) -> Path:
+    plan = pages.fitting(table, statistics)
+    assert plan is not None
     with open(path, "wb") as file:
-        pages.write(file, table, row_groups, STATISTICS)
+        pages.write(file, table, plan, row_groups)
     return path
 
 
@@ -102,27 +105,132 @@ def test_the_file_says_which_run_and_schema_it_is_of(tmp_path: Path) -> None:
     assert {key: ours.metadata[key] for key in theirs.metadata} == theirs.metadata
 
 
-def _without(change: Callable[[pa.Table], pa.Table]) -> pa.Table:
-    return change(routing(np.random.default_rng(6), np.array([2, 3]), 4))
+ODD_LIST = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), pa.array([4, 5], pa.uint16()))
 
 
 @pytest.mark.parametrize(
-    "change",
+    "column",
     [
-        lambda rows: rows.set_column(6, SCHEMA.field(6), pa.array([[1], None], SCHEMA.field(6).type)),
-        lambda rows: rows.set_column(6, SCHEMA.field(6), pa.array([[1], []], SCHEMA.field(6).type)),
-        lambda rows: rows.set_column(6, SCHEMA.field(6), pa.array([[1], [None]], SCHEMA.field(6).type)),
-        lambda rows: rows.set_column(0, SCHEMA.field(0), pa.array([None, 1], pa.int32())),
-        lambda rows: rows.append_column("name", pa.array(["a", "b"])),
-        lambda rows: rows.select(["step", "rank"]),
+        pa.array([[1], [None]], pa.list_(pa.uint16())),
+        pa.ListArray.from_buffers(
+            ODD_LIST.type, 2, [pa.py_buffer(b"\x01"), ODD_LIST.buffers()[1]], children=[ODD_LIST.values]
+        ),
+        pa.array([[1], [2]], pa.list_(pa.uint64())),
+        pa.array([1, 2], pa.int64()),
+        pa.array([True, False]),
     ],
-    ids=["null list", "empty list", "null inside", "null number", "text", "no list"],
+    ids=["null inside", "numbers behind a null list", "long numbers in lists", "long numbers", "truths"],
 )
-def test_what_does_not_fit_is_left_to_arrow(tmp_path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    table = _without(change)
-    assert not pages.fits(table)
+def test_what_does_not_fit_is_left_to_arrow(tmp_path: Path, column: pa.Array) -> None:
+    table = pa.table({"step": pa.array([1, 2], pa.int32()), "column": column})
+    assert pages.fitting(table, STATISTICS) is None
     write_parquet(tmp_path / "rows.parquet", table)
     assert pq.read_table(tmp_path / "rows.parquet").equals(table)
+
+
+def mixed(rng: np.random.Generator, rows: int, share: float) -> pa.Table:
+    """Columns of every type that fits; `share` of their values is NULL, and of their lists as many are empty."""
+
+    def some(values: list[Any], type_: pa.DataType) -> pa.Array:
+        return pa.array([None if rng.random() < share else value for value in values], type_)
+
+    def listed(most: int, element: pa.DataType) -> pa.Array:
+        sizes = [0 if rng.random() < share else int(rng.integers(1, 30)) for _ in range(rows)]
+        least = 1 - most if element == pa.int32() else 0
+        return some([rng.integers(least, most, size).tolist() for size in sizes], pa.list_(element))
+
+    words = ["", "é", "日本語", "\x00", "a" * 300, "name", "näme", *map(str, range(rng.integers(1, 600)))]
+    columns = {
+        "step": some(rng.integers(-9, 9, rows).tolist(), pa.int32()),
+        "layer": some(rng.integers(0, 2**16, rows).tolist(), pa.uint16()),
+        "seq": some(rng.integers(0, 2**32, rows).tolist(), pa.uint32()),
+        "small": some(rng.integers(0, 256, rows).tolist(), pa.uint8()),
+        "value": some([*rng.normal(size=rows - 2).tolist(), -np.inf, 1e300], pa.float64()),
+        "short": some(rng.random(rows, np.float32).tolist(), pa.float32()),
+        "name": some([words[at] for at in rng.integers(0, len(words), rows)], pa.string()),
+        "same": some(["always"] * rows, pa.string()),
+        "every": some([f"{at} is another" for at in range(rows)], pa.string()),
+        "ids": listed(2**16, pa.uint16()),
+        "codes": listed(256, pa.uint8()),
+        "counts": listed(int(rng.choice([1, 200, 2000, 2**32])), pa.uint32()),
+        "token_ids": listed(50_000, pa.int32()),
+        "few_ids": listed(40, pa.int32()),
+        "scores": listed(9, pa.float32()),
+    }
+    return pa.table(columns)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rows", [3, 8, 700])
+def test_text_and_nulls_are_found_by_other_readers(tmp_path: Path, rows: int, share: float) -> None:
+    rng = np.random.default_rng(rows)
+    table = mixed(rng, rows, share).replace_schema_metadata({"moeviz_run": "run-of-the-test"})
+    path = written(tmp_path / "rows.parquet", table, [rows // 2, rows - rows // 2])
+    found = pq.read_table(path)
+    assert found.equals(table)
+    assert found.schema.metadata[b"moeviz_run"] == b"run-of-the-test"
+    assert duckdb.sql(f"FROM '{path}'").to_arrow_table().cast(table.schema).equals(table)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_filter_finds_its_rows_and_no_others(tmp_path: Path, share: float) -> None:
+    """Readers skip row groups by what the statistics say."""
+    table = mixed(np.random.default_rng(12), 300, share)
+    path = written(tmp_path / "rows.parquet", table, [1, 99, 200])
+    duckdb.register("rows_in_memory", table)
+    for name, wanted in (("step", "3"), ("layer", "> 60000"), ("seq", "> 3000000000"), ("name", "'näme'")):
+        test = f"{name} {wanted}" if wanted.startswith(">") else f"{name} = {wanted}"
+        question = "SELECT count(*), max(value), min(every) FROM {} WHERE " + test
+        in_file, in_memory = (
+            duckdb.sql(question.format(source)).fetchall() for source in (f"'{path}'", "rows_in_memory")
+        )
+        assert in_file == in_memory
+    nothing = duckdb.sql(f"SELECT count(*) FROM '{path}' WHERE name IS NULL").fetchall()
+    assert nothing == [(table["name"].null_count,)]
+
+
+def test_statistics_know_of_nulls_and_text(tmp_path: Path) -> None:
+    columns = {
+        "layer": pa.array([None, 4, 2, None, None], pa.uint16()),
+        "name": pa.array(["b", "é", "", None, None]),
+    }
+    table = pa.table(columns)
+    metadata = pq.read_metadata(written(tmp_path / "rows.parquet", table, [3, 2], ("layer", "name")))
+    noted = [metadata.row_group(0).column(at).statistics for at in range(2)]
+    assert [(each.min, each.max, each.null_count) for each in noted] == [(2, 4, 1), ("", "é", 0)]
+    empty = [metadata.row_group(1).column(at).statistics for at in range(2)]
+    assert [(each.has_min_max, each.null_count) for each in empty] == [(False, 2), (False, 2)]
+
+
+@pytest.mark.parametrize(
+    "distinct", [1, 2, 256, 257, 1000, 1500, 3000, 2**12 + 1, 2**13 + 1, 2**15, 2**15 + 1]
+)
+@pytest.mark.parametrize("odd", [0, 1, 5])
+def test_counts_keep_their_values_at_any_width_of_codes(tmp_path: Path, distinct: int, odd: int) -> None:
+    rng = np.random.default_rng(distinct)
+    values = np.concatenate([np.arange(distinct), rng.integers(0, distinct, 2 * distinct + odd)]) + 2**31
+    column = pa.ListArray.from_arrays(
+        pa.array([0, 1, len(values)], pa.int32()), pa.array(values.astype(np.uint32))
+    )
+    table = pa.table({"counts": column})
+    path = written(tmp_path / "rows.parquet", table, [2])
+    assert pq.read_table(path).equals(table)
+    assert duckdb.sql(f"FROM '{path}'").to_arrow_table().cast(table.schema).equals(table)
+
+
+def test_a_dictionary_is_made_only_where_texts_return(tmp_path: Path) -> None:
+    table = pa.table({"name": ["a", "b"] * 200, "detail": [str(at) for at in range(400)], "none": [""] * 400})
+    path = written(tmp_path / "rows.parquet", table, [400])
+    group = pq.read_metadata(path).row_group(0)
+    assert [group.column(at).has_dictionary_page for at in range(3)] == [True, False, True]
+    assert pq.read_table(path).equals(table)
+
+
+def test_nan_and_its_bits_stay(tmp_path: Path) -> None:
+    special = np.array([np.nan, -np.nan, np.inf, -np.inf, -0.0, 5e-324])
+    table = pa.table({"value": pa.array(special)})
+    back = pq.read_table(written(tmp_path / "rows.parquet", table, [6]))["value"].to_numpy()
+    assert back.tobytes() == special.tobytes()
 
 
 def attention(rng: np.random.Generator, sizes: list[tuple[int, int]]) -> pa.Table:
@@ -139,7 +247,6 @@ def attention(rng: np.random.Generator, sizes: list[tuple[int, int]]) -> pa.Tabl
 def test_lists_of_floats_are_found_to_the_bit(tmp_path: Path) -> None:
     table = attention(np.random.default_rng(9), [(128, 128), (1, 1), (7, 3), (128, 64)])
     table = pa.concat_tables([table, table.slice(1)])
-    assert pages.fits(table)
     path = written(tmp_path / "rows.parquet", table, [3, 4])
     assert pq.read_table(path).equals(table)
     assert duckdb.sql(f"FROM '{path}'").to_arrow_table().cast(table.schema).equals(table)
@@ -153,7 +260,7 @@ def test_lists_of_floats_are_found_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_routing_fits_and_an_empty_segment_is_whole(tmp_path: Path) -> None:
-    assert pages.fits(routing(np.random.default_rng(7), np.array([2, 3]), 4))
+    assert pages.fitting(routing(np.random.default_rng(7), np.array([2, 3]), 4), STATISTICS) is not None
     for name in ("routing", "sequences"):
         empty = TABLES[name].schema.empty_table()
         write_parquet(tmp_path / f"{name}.parquet", empty)

@@ -145,24 +145,31 @@ def _attention(records: Sequence[AttentionRecord]) -> Rows:
     rows_R, cols_R = np.array([record.map_QC.shape for record in records], np.int32).T
     row_ends, code_ends = _offsets(rows_R), _offsets(rows_R.astype(np.int64) * cols_R)
     row_max, codes = np.empty(row_ends[-1], np.float32), np.empty(code_ends[-1], np.uint8)
-    for at, record in enumerate(records):
-        rows, own = slice(row_ends[at], row_ends[at + 1]), slice(code_ends[at], code_ends[at + 1])
-        _map_codes(record.map_QC, row_max[rows], codes[own].reshape(record.map_QC.shape))
+    at = 0
+    for num_cols, alike in groupby(records, key=lambda record: record.map_QC.shape[1]):
+        maps = [record.map_QC for record in alike]
+        rows = slice(row_ends[at], row_ends[at + len(maps)])
+        own = slice(code_ends[at], code_ends[at + len(maps)])
+        _map_codes(maps, row_max[rows], codes[own].reshape(rows.stop - rows.start, num_cols))
+        at += len(maps)
     columns |= {"rows": rows_R, "cols": cols_R}
     columns |= {"row_max": lists(row_max, row_ends), "map": lists(codes, code_ends)}
     return table_rows("attention", columns, len(records))
 
 
-def _map_codes(map_QC: np.ndarray, row_max_Q: np.ndarray, codes_QC: np.ndarray) -> None:
-    """Fill in the largest value of each row, which is code 255, and the codes; what is not finite counts as 0."""
-    map_QC = np.asarray(map_QC, dtype=np.float32)
+def _map_codes(maps: Sequence[np.ndarray], row_max_R: np.ndarray, codes_RC: np.ndarray) -> None:
+    """Fill in the largest value of each row of some maps, which is code 255, and the codes.
+
+    What is not finite counts as 0. Every row is for itself: maps of equal rows are one table, and cost one pass.
+    """
+    map_RC = np.concatenate(maps, dtype=np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        finite = np.isfinite(map_QC.sum())  # costs a tenth of looking at each
+        finite = np.isfinite(map_RC.sum())  # costs a tenth of looking at each
     if not finite:
-        map_QC = np.nan_to_num(map_QC, posinf=0.0, neginf=0.0)
-    map_QC.max(axis=1, initial=0.0, out=row_max_Q)
-    scaled_QC = map_QC * (255 / np.where(row_max_Q > 0, row_max_Q, 1))[:, None]
-    codes_QC[...] = np.rint(scaled_QC, out=scaled_QC)
+        map_RC = np.nan_to_num(map_RC, copy=False, posinf=0.0, neginf=0.0)
+    map_RC.max(axis=1, initial=0.0, out=row_max_R)
+    map_RC *= (255 / np.where(row_max_R > 0, row_max_R, 1))[:, None]
+    codes_RC[...] = np.rint(map_RC, out=map_RC)
 
 
 def _alerts(records: Sequence[AlertRecord]) -> Rows:

@@ -43,9 +43,19 @@ def binaries(number: int, values: Sequence[bytes]) -> Field:
     return number, _LIST, _list(_BINARY, [counted(value) for value in values])
 
 
-def fields_of(fields: Iterable[Field]) -> bytes:
-    """A struct on its own."""
-    written, last = bytearray(), 0
+def next_i32s(*values: int) -> bytes:
+    """Fields whose numbers rise by one, from that of the field before them; the struct goes on."""
+    return b"".join([b"\x15" + zigzag(value) for value in values])
+
+
+def next_i64s(*values: int) -> bytes:
+    """The same for i64."""
+    return b"".join([b"\x16" + zigzag(value) for value in values])
+
+
+def fields_of(fields: Iterable[Field], after: int = 0) -> bytes:
+    """A struct on its own; or the rest of one, from the field number `after` on."""
+    written, last = bytearray(), after
     for number, kind, value in fields:
         assert 0 < number - last < 16, "fields rise, by less than 16"
         written.append((number - last) << 4 | kind)

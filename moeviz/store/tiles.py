@@ -35,6 +35,8 @@ def tiled(rows: pa.Table, order: Sequence[str] = ()) -> Tiled:
     """Sort rows by tile, and by the columns `order` within each; without any, rows of a tile keep their order."""
     if rows.num_rows == 0:
         return Tiled(rows, [])
+    if not order and rows.nbytes < 2 * SMALLEST_BYTES:  # less than two tiles, whatever is in it
+        return Tiled(rows, [rows.num_rows])
     tile_R = tile_numbers(rows["layer"].to_numpy(), rows["step"].to_numpy(), rows.nbytes / rows.num_rows)
     if not order and not tile_R.any():  # a fresh file of few steps: one tile, in the order that it has
         return Tiled(rows, [rows.num_rows])

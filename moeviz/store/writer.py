@@ -149,7 +149,7 @@ class SegmentWriter:
         for table, batches in self._pending.items():
             if batches:
                 try:
-                    self._write_table(table, pa.Table.from_batches(batches))
+                    self._write_table(table, pa.Table.from_batches(batches, self._schemas[table]))
                     batches.clear()
                 except OSError as error:  # the small tables may still fit on a disk that refused a large one
                     failure = error
@@ -209,7 +209,7 @@ class SegmentWriter:
             level=0,
             active_ms=int(time.time() * 1000),
         )
-        rows, row_groups = rows.replace_schema_metadata(self._schemas[table].metadata), None
+        row_groups = None
         if has_tiles(TABLES[table].order):
             rows, row_groups = tiled(rows)
         path = write_segment(self.path / table, name, rows, row_groups=row_groups)
