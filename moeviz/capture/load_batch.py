@@ -235,8 +235,10 @@ class LoadBatch:
 
 def _known(token_sums_NL: np.ndarray) -> dict[str, np.ndarray]:
     """The sums that any layer has, by name."""
-    known = np.flatnonzero(~np.isnan(token_sums_NL).all(axis=1))
-    return {TOKEN_SUMS[row]: token_sums_NL[row] for row in known}
+    known_N = np.logical_or.reduce(token_sums_NL == token_sums_NL, axis=1).tolist()  # is equal: is a number
+    return {
+        name: sums_L for name, sums_L, known in zip(TOKEN_SUMS, token_sums_NL, known_N, strict=True) if known
+    }
 
 
 def split_scalars(scalars: Mapping[str, float | Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -47,4 +47,4 @@ def _start(tensor: Tensor) -> Tensor:
     if tensor.is_cuda:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
-    return tensor.cpu()
+    return tensor if tensor.is_cpu else tensor.cpu()
