@@ -51,6 +51,7 @@ import moeviz
 from model.config import ModelConfig
 from model.lm import MoELanguageModel
 from moeviz.capture.probe import Probe
+from moeviz.capture.tap import Tap
 from moeviz.policy import EVERYTHING, SamplingPolicy
 from moeviz.store import background
 from trainer.allocator import keep_freed_memory
@@ -109,6 +110,8 @@ class Lane:
     mode: str
     engine: Engine
     probe: Probe | None
+    before: Tap
+    """Attached and detached before each turn."""
     seconds: list[float] = field(default_factory=list)
     """Of each step."""
     cpu_seconds: list[float] = field(default_factory=list)
@@ -131,6 +134,10 @@ class Lane:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
+        """With hooks only here. They come and go once more before, of which a step without them begins as cold."""
+        for _ in range(1 if self.probe is not None else 2):
+            self.before.attach()
+            self.before.detach()
         if self.probe is None:
             yield
             return
@@ -197,13 +204,15 @@ def _lanes(config: TrainConfig, folder: Path, modes: Sequence[str]) -> Iterator[
     engine = build_engine(MoELanguageModel(config.model).train(), config)
     with ExitStack() as stack:
         stack.callback(engine.destroy)
-        lanes = [Lane("none", engine, None)]
+        probes = []
         for mode in modes:
             probe = moeviz.watch(engine.module, folder / mode, policy=POLICIES[mode], pack=False)
             stack.callback(probe.close)
             probe._tap.detach()
-            lanes.append(Lane(mode, engine, probe))
-        yield lanes
+            probes.append(probe)
+        before = probes[0]._tap
+        lanes = [Lane(mode, engine, probe, before) for mode, probe in zip(modes, probes, strict=True)]
+        yield [Lane("none", engine, None, before), *lanes]
 
 
 @dataclass(frozen=True)

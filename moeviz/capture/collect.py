@@ -8,8 +8,10 @@ readings wait for the writer's thread where they may (see `backlog`), because th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from moeviz.capture import host_sums
@@ -101,21 +103,24 @@ class Collector:
         if valid_T is not None:
             valid_T = valid_T.to(run[0].weights_TK.device)
         pile = self.backlog.pile(index, first, run, copied, valid_T)
-        wanted = rows_N if whole else None
-        decisions = stack(run, self._workspace) if pile is None or wanted is not None else None
-        bias_LE = None if decisions is None or copied is None else copied.tensor()
         if pile is not None:
             self.step.piles.append(pile)
             self.step.waiting_bytes += pile.held.size
-        elif decisions is not None:
-            group.check(decisions, bias_LE)
-            scored = group.score, bias_LE, valid_T, group.ranked, group.sums_squares
-            sums = sum_on_host(run, *scored) or sum_decisions(decisions, *scored, self._workspace)
-            self.step.add(index, len(group.layers), first, sums)
         self.step.layers_seen.update(group.layers[first:stop])
         self.step.dropless = self.step.dropless and any(reading.dropped_TK is None for reading in run)
-        if decisions is not None and wanted is not None:
-            self._keep_rows(group, first, stop, decisions, bias_LE, micro_batch, wanted)
+        wanted = rows_N if whole else None
+        if pile is not None and wanted is None:
+            return  # as in most steps
+        bias_LE = None if copied is None else copied.tensor()
+        with torch.no_grad(), _in_full_precision(run[0].logits_TE.device.type):
+            decisions = stack(run, self._workspace)
+            if pile is None:
+                group.check(decisions, bias_LE)
+                scored = group.score, bias_LE, valid_T, group.ranked, group.sums_squares
+                sums = sum_on_host(run, *scored) or sum_decisions(decisions, *scored, self._workspace)
+                self.step.add(index, len(group.layers), first, sums)
+            if wanted is not None:
+                self._keep_rows(group, first, stop, decisions, bias_LE, micro_batch, wanted)
 
     def _keep_rows(
         self,
@@ -132,6 +137,13 @@ class Collector:
         rank_LTK = None if group.ordered else selection_scores(decisions, group.score, bias_LE)
         experts, weights = cut_rows(decisions, rows_N, shape, rank_LTK)
         self.step.routing.append(RoutingPiece(group.layers[first:stop], micro_batch.index, experts, weights))
+
+
+def _in_full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off, where it is on."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _whole(group: LayerGroup, readings: Sequence[Reading | None]) -> list[Reading] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -207,8 +206,7 @@ class Tap:
         held = next((reading for reading in readings if reading is not None), None)
         if held is not None:
             self.on_accelerator = not held.logits_TE.is_cpu
-            with torch.no_grad(), _in_full_precision(held.logits_TE.device.type):
-                self.collector.collect(self.micro_batch, readings, self.sampler.rows_N)
+            self.collector.collect(self.micro_batch, readings, self.sampler.rows_N)
 
     def _router_guard(self, layer: int, read: ReadRouter) -> Callable[..., None]:
         slot = self._router_slots[layer]
@@ -257,13 +255,6 @@ class Tap:
         layer, num_keys = self._attentions[index].layer, chosen.k_BGCD.shape[2]
         other = None if num_keys == chosen.q_BHSD.shape[2] else num_keys
         self.sampler.add_maps(self.micro_batch.index, layer, chosen.heads, maps, other)
-
-
-def _in_full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Autocast off, where it is on."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _read_call(
