@@ -18,6 +18,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 from numpy.polynomial import Chebyshev, Polynomial
@@ -40,6 +41,10 @@ _EXP2 = tuple(
 _LOG2 = tuple(np.float32(2 / math.log(2) / (2 * i + 1)) for i in range(5))
 """log2((1 + t) / (1 - t)) = 2 / ln 2 * (t + t^3 / 3 + ...), |t| <= 0.172: to 1e-9."""
 _SQRT_HALF_BITS, _MANTISSA_BITS, _EXPONENT_BIAS = np.int32(0x3F3504F3), np.int32(23), np.int32(127)
+_TURNS = 4
+"""Partial sums of an expert's weights."""
+_SQUARE = 8
+"""Rows and columns that are transposed at once, in registers."""
 _OPTIONS = {
     "nogil": True,
     "error_model": "numpy",
@@ -198,7 +203,7 @@ def _take_chosen(table_EC, ids_TK, start, lowest_C):
     for c in range(min(table_EC.shape[1], ids_TK.shape[0] - start)):
         lowest = np.float32(np.inf)
         for k in range(ids_TK.shape[1]):
-            expert = ids_TK[start + c, k]
+            expert = np.uintp(ids_TK[start + c, k])  # no index counts from the end: a look less for each
             score = table_EC[expert, c]
             lowest = lowest if score > lowest else score
             table_EC[expert, c] = -np.inf
@@ -237,15 +242,20 @@ def _empty(sum_EC, into_E):
 @njit(**_OPTIONS)
 def _add_slots(ids_TK, weights_TK, valid_T, dropped_TK, unused_TK, counted, counts_XE, weight_sum_E):
     """False, and nothing added, when an id is no expert."""
-    num_experts = counts_XE.shape[1]
-    for t in range(ids_TK.shape[0]):
-        for k in range(ids_TK.shape[1]):
-            if ids_TK[t, k] < 0 or ids_TK[t, k] >= num_experts:
-                return False
+    num_experts, ids_S, weights_S = counts_XE.shape[1], ids_TK.reshape(-1), weights_TK.reshape(-1)
+    outside = 0
+    for slot in range(ids_S.size):
+        outside |= ids_S[slot] | (num_experts - 1 - ids_S[slot])  # negative if one of both is
+    if outside < 0:
+        return False
     if not (counted or valid_T.size or dropped_TK.size or unused_TK.size):
-        for t in range(ids_TK.shape[0]):
-            for k in range(ids_TK.shape[1]):
-                weight_sum_E[ids_TK[t, k]] += weights_TK[t, k]
+        # Sums in turns: one waits for the one before it where that went to the same expert.
+        parts_XE = np.zeros((_TURNS, num_experts))
+        for slot in range(ids_S.size):
+            parts_XE[slot % _TURNS, np.uintp(ids_S[slot])] += weights_S[slot]
+        for x in range(_TURNS):
+            for e in range(num_experts):
+                weight_sum_E[e] += parts_XE[x, e]
     else:
         for t in range(ids_TK.shape[0]):
             if valid_T.size and not valid_T[t]:
@@ -258,6 +268,58 @@ def _add_slots(ids_TK, weights_TK, valid_T, dropped_TK, unused_TK, counted, coun
                 counts_XE[0, expert] += 1
                 counts_XE[1, expert] += not (dropped_TK.size and dropped_TK[t, k])
     return True
+
+
+@intrinsic
+def _transpose_square(typing_context, source, source_row, target, target_row):
+    """8 x 8 floats at one address, transposed to another; rows are so many bytes apart.
+
+    A row is a register: neighbours are zipped float by float, then pair by pair, and then halves change places.
+    """
+
+    def generate(context, builder, signature, arguments):
+        source, source_row, target, target_row = arguments
+        address, register = ir.IntType(64), ir.VectorType(ir.FloatType(), _SQUARE)
+
+        def at(start, row_bytes, row):
+            place = builder.add(start, builder.mul(row_bytes, ir.Constant(address, row)))
+            return builder.inttoptr(place, register.as_pointer())
+
+        def mixed(a, b, order):
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), _SQUARE), order))
+
+        rows = [builder.load(at(source, source_row, row), align=4) for row in range(_SQUARE)]
+        low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
+        zipped = [mixed(rows[i], rows[i + 1], order) for i in (0, 2, 4, 6) for order in (low, high)]
+        low, high = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+        of_four = [
+            mixed(zipped[i], zipped[i + 2], order) for i in (0, 1, 4, 5) for order in (low, high)
+        ]  # column j and j + 4 of rows 0 to 3, then of rows 4 to 7
+        low, high = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+        columns = [mixed(of_four[j], of_four[j + 4], order) for order in (low, high) for j in range(4)]
+        for row, column in enumerate(columns):
+            builder.store(column, at(target, target_row, row), align=4)
+        return context.get_dummy_value()
+
+    return types.none(*[types.int64] * 4), generate
+
+
+@njit(**_OPTIONS)
+def _load(logits_TE, start, rows, valid_T, table_EC):
+    """Logits of a tile's tokens, transposed; where all columns are tokens, in squares as far as these go."""
+    num_experts, columns = table_EC.shape
+    squared = num_experts // _SQUARE * _SQUARE if rows == columns and not valid_T.size else 0
+    source, target = np.int64(logits_TE.ctypes.data), np.int64(table_EC.ctypes.data)
+    source_row, target_row = np.int64(4 * num_experts), np.int64(4 * columns)
+    for c in range(0, columns if squared else 0, _SQUARE):
+        token = source + (start + c) * source_row
+        for e in range(0, squared, _SQUARE):
+            _transpose_square(token + 4 * e, source_row, target + e * target_row + 4 * c, target_row)
+    if squared < num_experts:
+        for c in range(rows):
+            if not valid_T.size or valid_T[start + c]:
+                for e in range(squared, num_experts):
+                    table_EC[e, c] = logits_TE[start + c, e]
 
 
 def _array(dtype: types.Type, ndim: int) -> types.Array:
@@ -309,8 +371,7 @@ def _sum_layer(
         for c in range(rows):
             if not valid_T.size or valid_T[start + c]:
                 live_C[c] = _ONE
-                for e in range(num_experts):
-                    table_EC[e, c] = logits_TE[start + c, e]
+        _load(logits_TE, start, rows, valid_T, table_EC)
         if squares:
             tokens_R[3] += _squares(table_EC, live_C)
         if sigmoid:
