@@ -35,9 +35,9 @@ _SAMPLES = (TokenRoutingRecord, SequenceRecord, AttentionRecord)
 FLUSH_SECONDS = 0.75
 """How often what was written becomes visible: a reader that looks every 0.2 s then sees 19 of 20 steps within a
 second of their end. Each flush costs about 5 ms of processor time, whatever is in it."""
-UNREAD_FLUSH_SECONDS = 5.0
-"""How often while nobody reads: what a killed process owes at most. The demo's flush takes 5.5 ms, and 0.85 for
-each step in it."""
+UNREAD_FLUSH_SECONDS = 10.0
+"""How often while nobody reads: what a killed process owes at most. The demo's flush takes 5 ms, and 0.4 for each step
+in it."""
 _RETRY_SECONDS = 0.25
 _LOOK_SECONDS = 0.5
 """How often a flush looks whether anybody is there to do it."""
