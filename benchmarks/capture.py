@@ -1,5 +1,7 @@
 """What recording costs training: the same steps without it, with loads only, by default, and with everything.
 
+A step is what `moeviz train` does: text of the built-in corpus, its learning rate, the balance of its routers (of one
+that collapses alerts would be most of the work), the domains of sequences and the losses of tokens told to the probe.
 All modes record one and the same model, a step each in turns of random order on the same batch, so that a busy machine
 slows all alike: compare the ratios. (Equal copies of a model are not equally fast: two that nobody recorded differed by
 up to 2 %, for they lie elsewhere in memory.) A ratio is taken within each round. As the order within a round is
@@ -28,6 +30,7 @@ What was measured when it is cut short (Ctrl-C) is printed and in the JSON file.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import logging
 import math
@@ -39,7 +42,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +53,18 @@ from bench_report import Bar, machine, publish, save
 import moeviz
 from model.config import ModelConfig
 from model.lm import MoELanguageModel
+from moeviz.capture import backlog
 from moeviz.capture.probe import Probe
 from moeviz.capture.tap import Tap
 from moeviz.policy import EVERYTHING, SamplingPolicy
 from moeviz.store import background
 from trainer.allocator import keep_freed_memory
-from trainer.config import EngineConfig, InputConfig, TrainConfig
+from trainer.balance import move_bias, training_loss
+from trainer.config import BalanceConfig, EngineConfig, InputConfig, TrainConfig
+from trainer.data_batches import Batch
 from trainer.engine import Engine, build_engine
 from trainer.presets import demo
+from trainer.text import open_text
 
 POLICIES: dict[str, SamplingPolicy | None] = {
     "none": None,
@@ -67,6 +74,8 @@ POLICIES: dict[str, SamplingPolicy | None] = {
 }
 _BESIDE = 2
 """Steps with a flush beside them: one that begins in the first has ended in the second."""
+_PREFETCH_SECONDS = 5e-3
+"""The next batch is prepared by another thread, beside the first step of a round: it gets this time before it."""
 STEP_BARS = {"default": 1.01, "everything": 1.05}
 _TITLE = "capture: what recording costs a training step"
 
@@ -104,11 +113,32 @@ recording is a larger share than of anything that is trained for its own sake.""
 
 
 @dataclass(eq=False)
+class Course:
+    """How all modes train the one model."""
+
+    config: TrainConfig
+    steps: int = 0
+    """Taken so far, by all modes."""
+
+    @property
+    def balance(self) -> BalanceConfig:
+        return self.config.balance
+
+    def next_rate(self) -> float:
+        """Learning rate of the next step: the trainer's warm-up, and its peak from there on."""
+        self.steps += 1
+        return self.config.optim.learning_rate * min(
+            1.0, self.steps / max(1, self.config.schedule.warmup_steps)
+        )
+
+
+@dataclass(eq=False)
 class Lane:
     """One mode of recording, and what its steps and flushes took."""
 
     mode: str
     engine: Engine
+    course: Course
     probe: Probe | None
     before: Tap
     """Attached and detached before each turn."""
@@ -127,10 +157,10 @@ class Lane:
     page_faults: list[int] = field(default_factory=list)
     """Of each step."""
 
-    def turn(self, ids_BS: torch.Tensor, keep: bool) -> None:
+    def turn(self, batch: Batch, keep: bool) -> None:
         """Train one step; `keep` what it took."""
         with self._watched():
-            self._train(ids_BS, keep)
+            self._train(batch, keep)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -145,16 +175,27 @@ class Lane:
         yield
         self.probe._tap.detach()
 
-    def _train(self, ids_BS: torch.Tensor, keep: bool) -> None:
+    def _train(self, batch: Batch, keep: bool) -> None:
+        ids_BS, labels_BS = torch.from_numpy(batch.input_ids_BS), torch.from_numpy(batch.labels_BS)
         begin, cpu_begin, faults = time.perf_counter(), _cpu_seconds(), _page_faults()
         watched = self.probe.seconds if self.probe is not None else 0.0
-        loss = self.engine.forward(ids_BS, ids_BS.roll(-1, 1)).ce
-        assert loss is not None
-        self.engine.backward(loss)
-        self.engine.step(1e-3)
-        value, before = loss.item(), time.perf_counter()
         if self.probe is not None:
-            self.probe.step(loss=value)
+            self.probe.label(batch.domains)
+        output = self.engine.forward(ids_BS, labels_BS)
+        if self.probe is not None and output.token_loss_BS is not None:
+            self.probe.token_loss(output.token_loss_BS)
+        self.engine.backward(training_loss(output, self.course.balance))
+        rate = self.course.next_rate()
+        update = self.engine.step(rate)
+        move_bias(self.engine.module, output.expert_counts_LE, self.course.balance)
+        assert output.ce is not None
+        value, before = output.ce.item(), time.perf_counter()
+        if self.probe is not None:
+            taken = before - begin
+            speed = ids_BS.numel() / taken
+            self.probe.step(
+                loss=value, lr=rate, grad_norm=update.grad_norm, tokens_per_second=speed, step_seconds=taken
+            )
         end = time.perf_counter()
         if keep:
             self.seconds.append(end - begin)
@@ -163,14 +204,14 @@ class Lane:
             self.blocked_seconds.append(end - before)
             self.watched_seconds.append(self.probe.seconds - watched if self.probe is not None else 0.0)
 
-    def turn_beside(self, batches: Sequence[torch.Tensor], after: float, keep: bool) -> None:
+    def turn_beside(self, batches: Sequence[Batch], after: float, keep: bool) -> None:
         """Train on these batches and have the writer flush what was recorded before them, from `after` seconds on."""
         with self._watched():
             begin, writer_begin = time.perf_counter(), self._writer_seconds()
             flush = threading.Timer(after, self.flush)
             flush.start()
-            for ids_BS in batches:
-                self._train(ids_BS, keep=False)
+            for batch in batches:
+                self._train(batch, keep=False)
             flush.join()
             if keep:
                 self.beside_seconds.append(time.perf_counter() - begin)
@@ -182,9 +223,9 @@ class Lane:
             self.probe.flush()
 
     def _writer_seconds(self) -> float:
-        """Processor time of the writer's thread since its start."""
+        """Processor time of the writer's threads since their start."""
         name = "moeviz-writer"
-        threads = [thread for thread in threading.enumerate() if thread.name == name]
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith(name)]
         clocks = [time.pthread_getcpuclockid(thread.ident) for thread in threads if thread.ident is not None]
         return sum(map(time.clock_gettime, clocks))
 
@@ -201,6 +242,7 @@ def _page_faults() -> int:
 @contextmanager
 def _lanes(config: TrainConfig, folder: Path, modes: Sequence[str]) -> Iterator[list[Lane]]:
     torch.manual_seed(0)
+    course = Course(config)
     engine = build_engine(MoELanguageModel(config.model).train(), config)
     with ExitStack() as stack:
         stack.callback(engine.destroy)
@@ -211,8 +253,9 @@ def _lanes(config: TrainConfig, folder: Path, modes: Sequence[str]) -> Iterator[
             probe._tap.detach()
             probes.append(probe)
         before = probes[0]._tap
-        lanes = [Lane(mode, engine, probe, before) for mode, probe in zip(modes, probes, strict=True)]
-        yield [Lane("none", engine, None, before), *lanes]
+        lanes = [Lane(mode, engine, course, probe, before) for mode, probe in zip(modes, probes, strict=True)]
+        gc.collect()  # else a quarter of a second of it falls into a step, once
+        yield [Lane("none", engine, course, None, before), *lanes]
 
 
 @dataclass(frozen=True)
@@ -225,33 +268,35 @@ class Case:
 
     def config(self, options: argparse.Namespace) -> TrainConfig:
         model = MODELS[self.model]
-        return TrainConfig(
-            model=model.config(),
-            data=InputConfig(
-                seq_len=options.length or model.length,
-                batch_size=options.batch or model.batch,
-                gradient_accumulation_steps=1,
-            ),
-            engine=EngineConfig(engine=self.engine, dtype=self.dtype, device="cpu"),  # type: ignore[arg-type]
+        data = InputConfig(
+            seq_len=options.length or model.length,
+            batch_size=options.batch or model.batch,
+            gradient_accumulation_steps=1,
         )
+        engine = EngineConfig(engine=self.engine, dtype=self.dtype, device="cpu")  # type: ignore[arg-type]
+        base = DEMO if self.model == "demo" else TrainConfig()
+        return replace(base, model=model.config(), data=data, engine=engine)
 
 
 def measure(case: Case, options: argparse.Namespace, seconds: float) -> Iterator[list[dict[str, Any]]]:
     """A row of numbers for each mode, anew after each flush until `seconds` are over."""
-    config, deadline = case.config(options), time.monotonic() + seconds
-    shape, order = (config.data.batch_size, config.data.seq_len), random.Random(0)
-    generator = torch.Generator().manual_seed(1)
+    config = case.config(options)
+    text, order, steps_taken = open_text(config), random.Random(0), itertools.count()
+    config = replace(config, model=text.fit(config.model))
+    deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder, _lanes(config, Path(folder), options.modes) as lanes:
 
-        def batch() -> torch.Tensor:
-            return torch.randint(config.model.vocab_size, shape, generator=generator)
+        def batch() -> Batch:
+            rows = text.batches.batch(next(steps_taken))
+            time.sleep(_PREFETCH_SECONDS)
+            return rows
 
         def cycle(steps: int, keep: bool) -> None:
             """So many rounds, and one with a flush beside it."""
             for _ in range(steps):
-                ids_BS = batch()
+                rows = batch()
                 for lane in order.sample(lanes, len(lanes)):
-                    lane.turn(ids_BS, keep)
+                    lane.turn(rows, keep)
             batches, after = [batch() for _ in range(_BESIDE)], order.random() * step_seconds
             for lane in order.sample(lanes, len(lanes)):
                 lane.turn_beside(batches, after, keep)
@@ -378,6 +423,7 @@ def main() -> None:
     options = _options()
     background.UNREAD_FLUSH_SECONDS = math.inf  # `Lane.flush` alone
     background._GATHER_BYTES = math.inf  # else a wide model's writer would begin in the turn of another mode
+    backlog.ROOM_BYTES = math.inf  # nor do its readings find no room, as that writer would have made some
     logging.basicConfig(level=logging.WARNING)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not options.stock_memory and not keep_freed_memory():

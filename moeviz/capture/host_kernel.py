@@ -1,4 +1,4 @@
-# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,call-overload,assignment"
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,call-overload,assignment,call-arg"
 """The sums of layers' decisions on a CPU, in one compiled pass each: half the time of whole tables, or less.
 
 Compiling takes some seconds once per machine (numba keeps the result); `host_sums` says when. A tile of tokens at a

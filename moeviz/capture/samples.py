@@ -98,7 +98,9 @@ class Sampler:
             policy.attends_at(step),
             policy.shows_latents_at(step),
         )
-        if not (routes or attends or shows or self._labels):
+        if not (routes or attends or shows):
+            for _ in range(min(size, len(self._labels))):
+                self._labels.popleft()
             return
         labels = [self._labels.popleft() if self._labels else self._label_of_all for _ in range(size)]
         taken = sum(len(piece.seqs) for piece in self.step.sequences)
